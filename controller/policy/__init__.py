@@ -1,0 +1,1 @@
+"""Mixing policies: observations in, mixtures out."""

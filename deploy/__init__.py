@@ -1,0 +1,1 @@
+"""How Headrace is started: command line, local harness, examples."""

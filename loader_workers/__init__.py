@@ -1,0 +1,1 @@
+"""The processes that read: shard cache, order, packing, lane streams."""

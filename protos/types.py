@@ -1,0 +1,527 @@
+"""The values that controller, loader workers and trainers exchange, checked at birth."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NewType
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rank = NewType("Rank", int)
+Step = NewType("Step", int)
+Lane = NewType("Lane", int)
+Generation = NewType("Generation", int)
+
+SHARE_ONE = 1 << 32
+"""A share of 1, in the units of `Mixture.shares_q32`."""
+
+Places = NDArray[np.uint32]
+"""[domains, 3]: epoch, window and sequence of one lane in every domain."""
+
+Cursors = dict[Lane, Places]
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """The share of the sequences that each domain gets, quantised so that all compute alike."""
+
+    shares_q32: tuple[int, ...]
+    """In the order of the run's domains, in units of 2^-32; they add up to exactly 2^32."""
+
+    def __post_init__(self) -> None:
+        if not self.shares_q32:
+            raise ValueError("a mixture must have at least one domain, got none")
+        if min(self.shares_q32) < 0:
+            raise ValueError(f"mixture shares must not be negative, got {self.shares_q32}")
+        if sum(self.shares_q32) != SHARE_ONE:
+            raise ValueError(
+                f"mixture shares must add up to 2^32 = {SHARE_ONE}, got {sum(self.shares_q32)}"
+            )
+
+    @classmethod
+    def from_shares(cls, shares: Sequence[float]) -> Mixture:
+        """Scale `shares` to a sum of 1, quantised by largest remainder; a share of 0 stays 0.
+
+        Raises:
+            ValueError: if a share is negative or not finite, or all are 0.
+        """
+        if any(not math.isfinite(share) or share < 0 for share in shares):
+            raise ValueError(f"shares must be finite and not negative, got {list(shares)}")
+        exact = [Fraction(share) for share in shares]
+        total = sum(exact)
+        if total <= 0:
+            raise ValueError(f"at least one share must be above 0, got {list(shares)}")
+        scaled = [share * SHARE_ONE / total for share in exact]
+        floors = [share.numerator // share.denominator for share in scaled]
+        remainders = [share - floor for share, floor in zip(scaled, floors, strict=True)]
+        by_remainder = sorted(range(len(scaled)), key=lambda index: (-remainders[index], index))
+        for index in by_remainder[: SHARE_ONE - sum(floors)]:
+            floors[index] += 1
+        return cls(tuple(floors))
+
+    @classmethod
+    def uniform(cls, num_domains: int) -> Mixture:
+        """Give every domain the same share."""
+        return cls.from_shares([1.0] * num_domains)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The shares as fractions of 1."""
+        return tuple(share / SHARE_ONE for share in self.shares_q32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A mixture and the first step for which it holds."""
+
+    version: int
+    """Grows by one with each plan of a run."""
+
+    first_step: Step
+    mixture: Mixture
+    carry_q32: tuple[int, ...]
+    """Apportionment error carried into `first_step`, in units of 2^-32 sequences, one a domain."""
+
+    def __post_init__(self) -> None:
+        if len(self.carry_q32) != len(self.mixture.shares_q32):
+            raise ValueError(
+                f"a plan carries one error a domain, got {len(self.carry_q32)} "
+                f"for {len(self.mixture.shares_q32)} domains"
+            )
+        if self.version < 0 or self.first_step < 0:
+            raise ValueError(
+                "version and first_step must not be negative, "
+                f"got {self.version}, {self.first_step}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanEvent:
+    """What a loader worker hears: plans in force from a step on, and how far they are final."""
+
+    generation: Generation
+    plans: tuple[Plan, ...]
+    """New since the last event, in order of `first_step`."""
+
+    sealed_through: int
+    """The plan of every step up to this one is final; -1: none yet."""
+
+    reset: bool = False
+    """Forget all plans held: a generation begins at `plans[0].first_step`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeSpec:
+    """How trainers measure the alignment of the domains' gradients."""
+
+    mode: str = "sketch"
+    """`sketch`, or `exact` (full gradients of the watched layers; small models only)."""
+
+    sketch_rows: int = 64
+    """p: columns of the projection P of output gradients (out x p)."""
+
+    sketch_columns: int = 64
+    """q: columns of the projection Q of inputs (in x q)."""
+
+    every_n_steps: int = 1
+    num_layers: int = 3
+    layers: tuple[str, ...] = ()
+    """Name patterns (fnmatch) of linear layers; empty: `num_layers` chosen by relative depth."""
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("sketch", "exact"):
+            raise ValueError(f"probe.mode must be 'sketch' or 'exact', got {self.mode!r}")
+        for name in ("sketch_rows", "sketch_columns", "every_n_steps", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"probe.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSpec:
+    """What all processes of a run agree on; they get it in the answer to Join or Enlist."""
+
+    run_id: str
+    seed: int
+    domains: tuple[str, ...]
+    lanes: int
+    global_sequences: int
+    """Sequences in the global batch of a step."""
+
+    sequence_length: int
+    """Tokens that a sequence trains on; it holds one more."""
+
+    window_samples: int
+    interleave: int
+    num_steps: int
+    """Optimizer steps that the run is planned for."""
+
+    lag: int
+    """A report of step s decides the plan of step s + lag."""
+
+    vocab_size: int
+    eot_id: int
+    """The end-of-text token: stands between documents, and pads."""
+
+    text_field: str
+    """Field of `.json` samples that holds the text."""
+
+    index_sha256: str
+    tokenizer_sha256: str
+    """Empty: every shard holds token ids."""
+
+    degraded_after_s: float
+    """How long a worker waits for a silent controller before it goes on with the last plan."""
+
+    data_timeout_s: float
+    """How long a trainer waits for a batch before it raises."""
+
+    probe: ProbeSpec | None = None
+    """None: the policy needs no gradients."""
+
+    def __post_init__(self) -> None:
+        if not self.domains:
+            raise ValueError("a run must have at least one domain, got none")
+        if len(set(self.domains)) != len(self.domains):
+            raise ValueError(f"domain names must differ from one another, got {self.domains}")
+        for name in (
+            "lanes",
+            "global_sequences",
+            "sequence_length",
+            "window_samples",
+            "interleave",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_steps", "lag", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.global_sequences % self.lanes:
+            raise ValueError(
+                f"global_sequences must be a multiple of lanes, got {self.global_sequences} "
+                f"and {self.lanes}"
+            )
+        if self.window_samples % self.interleave:
+            raise ValueError(
+                f"window_samples must be a multiple of interleave, got {self.window_samples} "
+                f"and {self.interleave}"
+            )
+
+    @property
+    def num_domains(self) -> int:
+        """How many domains the run mixes."""
+        return len(self.domains)
+
+    @property
+    def slots_per_lane(self) -> int:
+        """How many slots of a global batch each lane fills."""
+        return self.global_sequences // self.lanes
+
+    @property
+    def token_dtype(self) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
+        """Little-endian uint16 if the vocabulary fits, else uint32."""
+        return np.dtype("<u2") if self.vocab_size <= 1 << 16 else np.dtype("<u4")
+
+    def order_sha256(self) -> str:
+        """Hash what the order of the data depends on, the plans excepted.
+
+        Two runs with the same hash and the same plans see the same global batches.
+        """
+        names = (
+            "seed domains lanes global_sequences sequence_length window_samples interleave "
+            "eot_id text_field index_sha256 tokenizer_sha256"
+        )
+        values = {name: getattr(self, name) for name in names.split()}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaneEndpoint:
+    """Which loader worker serves a lane."""
+
+    lane: Lane
+    endpoint: str
+    worker_id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quarantine:
+    """Something left out of the data, and why."""
+
+    domain: str
+    shard: str
+    sample: int
+    """Position in the shard; -1: the whole shard."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Resume:
+    """What a trainer checkpoint knows of the data."""
+
+    order_sha256: str
+    step: Step
+    """The next step to train."""
+
+    cursors: Cursors
+    """Each lane's place before `step`; may hold a part of the lanes only."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class JoinRequest:
+    """A rank asks to take part."""
+
+    rank: Rank
+    world_size: int
+    attempt_id: str
+    """One for each process that joins, so that a retry is told from a restart."""
+
+    run_id: str = ""
+    """Empty: whichever run the controller has."""
+
+    global_sequences: int = 0
+    """What the trainer expects; 0: whatever the run says."""
+
+    sequence_length: int = 0
+    resume: Resume | None = None
+    timeout_s: float = 60.0
+    """How long to wait for the other ranks."""
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1 or not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"rank must be in 0..world_size-1, got rank {self.rank} of {self.world_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class JoinAnswer:
+    """What a rank needs to start."""
+
+    generation: Generation
+    spec: RunSpec
+    first_step: Step
+    endpoints: tuple[LaneEndpoint, ...]
+    """All lanes, in order."""
+
+    cursors: Cursors
+    """Newest known place of each lane that this rank consumes, at or before `first_step`."""
+
+    cursor_steps: Mapping[Lane, Step]
+    """The step before which each of `cursors` stands."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class StepReport:
+    """What a rank says of one optimizer step. Arrays are in the order of the run's domains."""
+
+    generation: Generation
+    rank: Rank
+    step: Step
+    plan_version: int
+    sequences: NDArray[np.int64]
+    """[domains]"""
+
+    tokens: NDArray[np.int64]
+    """[domains]: labels that counted in the loss."""
+
+    loss_sum: NDArray[np.float64]
+    """[domains]: nats, summed over those tokens."""
+
+    alignment_part: NDArray[np.float64] | None = None
+    """[domains, domains]: this rank's part of the inner products of the summed gradients."""
+
+    alignment_share: float = 0.0
+    """Share of the sketch's coordinates that the part covers."""
+
+    weight_norms: tuple[float, ...] = ()
+    update_norms: tuple[float, ...] = ()
+    step_s: float = 0.0
+    data_wait_s: float = 0.0
+    probe_s: float = 0.0
+    degraded: bool = False
+    cursors: Cursors = dataclasses.field(default_factory=dict)
+    """This rank's lanes, after the step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportAnswer:
+    """What the controller says to a report."""
+
+    plan_version: int
+    sealed_through: int
+    counted: bool
+    """False: the report was known already, or came too late for its decision."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerBeat:
+    """What a loader worker says of itself, about once a second."""
+
+    worker_id: str
+    endpoint: str
+    run_id: str = ""
+    capacity_lanes: int = 0
+    """0: as many as needed."""
+
+    pid: int = 0
+    generation: Generation = Generation(0)
+    needed_step: int = -1
+    """A rank waits for this step and it is not sealed; -1: none."""
+
+    composed_through: int = -1
+    """Last step composed in `generation`; -1: none."""
+
+    degraded_steps: int = 0
+    cache_bytes: int = 0
+    stall_s: float = 0.0
+    """Time in which a rank waited for this worker, in all."""
+
+    sequences_served: int = 0
+    quarantines: tuple[Quarantine, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlobChunk:
+    """A piece of the dataset index (`index`) or of the tokenizer (`tokenizer`)."""
+
+    name: str
+    offset: int
+    total_bytes: int
+    data: bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beat:
+    """The controller is alive."""
+
+    drain: bool = False
+    """The run is over: serve what is asked, expect no more plans."""
+
+
+EnlistEvent = RunSpec | BlobChunk | Beat
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class OpenStream:
+    """A rank asks a loader worker for the batches of some lanes."""
+
+    run_id: str
+    generation: Generation
+    rank: Rank
+    from_step: Step
+    first_slot: int
+    """Only slots in [first_slot, end_slot) of the global batch are sent."""
+
+    end_slot: int
+    cursors: Cursors
+    """One for each lane asked for."""
+
+    cursor_steps: Mapping[Lane, Step]
+    """The step before which each cursor stands; one that is behind `from_step` is wound forward."""
+
+    credits: int
+    """Steps that may be sent before the first `Credit`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Credit:
+    """A rank consumed batches, or waits for one."""
+
+    steps: int = 0
+    """So many more steps may be sent."""
+
+    needed_step: int = -1
+    """The trainer waits for this step now; -1: it does not wait."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class LaneBatch:
+    """One lane's sequences of a step, in slot order."""
+
+    lane: Lane
+    first_slot: int
+    tokens: NDArray[np.uint16] | NDArray[np.uint32]
+    """[sequences, sequence_length + 1]"""
+
+    domain_ids: NDArray[np.uint16]
+    """[sequences]"""
+
+    num_tokens: NDArray[np.uint32]
+    """[sequences]: how many of the tokens are not padding."""
+
+    places: NDArray[np.uint32]
+    """[sequences, 3]: epoch, window and sequence that each came from."""
+
+    cursor_after: Places
+    """The whole lane's place in every domain after this step."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class StepBatch:
+    """What one stream carries of one step."""
+
+    step: Step
+    plan_version: int
+    degraded: bool
+    """Composed with the last plan, because no seal came."""
+
+    lanes: tuple[LaneBatch, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerStatus:
+    """A loader worker as the controller sees it."""
+
+    worker_id: str
+    endpoint: str
+    alive: bool
+    lanes: tuple[int, ...]
+    cache_bytes: int
+    stall_s: float
+    sequences_served: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunStatus:
+    """What `headrace status` shows."""
+
+    run_id: str
+    policy: str
+    policy_phase: str
+    """As the policy calls it, e.g. `warm-up` or `acting`."""
+
+    phase: str
+    """`waiting`, `running`, `drained`"""
+
+    domains: tuple[str, ...]
+    mixture: Mixture
+    plan_version: int
+    observed_step: int
+    sealed_through: int
+    num_steps: int
+    generation: int
+    world_size: int
+    loss: tuple[float, ...]
+    """Nats a token in the newest step that had the domain; NaN: never seen."""
+
+    tokens: int
+    tokens_per_s: float
+    data_wait_share: float
+    degraded_steps: int
+    missing_reports: int
+    held_decisions: int
+    decision_ms_p50: float
+    decision_ms_p99: float
+    frozen: bool
+    quarantines: tuple[Quarantine, ...]
+    workers: tuple[WorkerStatus, ...]

@@ -1,0 +1,1 @@
+"""The library inside the trainer: session, batches, gradient probe."""
