@@ -1,0 +1,433 @@
+"""Our types <-> messages, for what Control carries: one `x_to_proto` / `x_from_proto` pair a type.
+
+Every field that arrives is bounded and checked here; what is wrong raises InvalidMessage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protos.errors import InvalidMessage
+from protos.types import (
+    Beat,
+    BlobChunk,
+    Cursors,
+    EnlistEvent,
+    Generation,
+    JoinAnswer,
+    JoinRequest,
+    Lane,
+    LaneEndpoint,
+    Mixture,
+    Places,
+    Plan,
+    PlanEvent,
+    ProbeSpec,
+    Quarantine,
+    Rank,
+    ReportAnswer,
+    Resume,
+    RunSpec,
+    Step,
+    StepReport,
+    WorkerBeat,
+)
+from protos.wire import common_pb2 as common
+from protos.wire import control_pb2 as control
+
+_PLACES = np.dtype("<u4")
+_FLOATS = np.dtype("<f8")
+_MAX_INT64 = (1 << 63) - 1
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def field_names(of: type, *, but: set[str]) -> tuple[str, ...]:
+    """Return the fields of a dataclass that its message has under the same names and types."""
+    return tuple(item.name for item in dataclasses.fields(of) if item.name not in but)
+
+
+def checked(decode: Callable[P, R]) -> Callable[P, R]:
+    """Turn what a type refuses at birth into InvalidMessage."""
+
+    @wraps(decode)
+    def decode_or_refuse(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return decode(*args, **kwargs)
+        except (ValueError, OverflowError) as error:
+            raise InvalidMessage(
+                f"{decode.__name__.removesuffix('_from_proto')}: {error}"
+            ) from error
+
+    return decode_or_refuse
+
+
+def array_from_bytes(data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """View bytes as an array without a copy; -1 in the first place of `shape` is worked out.
+
+    Raises:
+        ValueError: the length does not fit.
+    """
+    row_bytes = dtype.itemsize * math.prod(shape[1:])
+    rows = len(data) // row_bytes if shape[0] < 0 else shape[0]
+    if rows * row_bytes != len(data):
+        raise ValueError(f"expected {dtype.str} {list(shape)}, got {len(data)} bytes")
+    return np.frombuffer(data, dtype=dtype).reshape(rows, *shape[1:])
+
+
+def places_to_bytes(places: NDArray[np.uint32]) -> bytes:
+    """Pack [n, 3] places."""
+    return np.ascontiguousarray(places, dtype=_PLACES).tobytes()
+
+
+def places_from_bytes(data: bytes) -> Places:
+    """Unpack [n, 3] places."""
+    return array_from_bytes(data, _PLACES, (-1, 3))
+
+
+def cursors_to_proto(cursors: Cursors, step_of: Mapping[Lane, Step] | Step) -> list[common.Cursor]:
+    """Encode lanes' places, each before its step."""
+    return [
+        common.Cursor(
+            lane=lane,
+            step=step_of if isinstance(step_of, int) else step_of[lane],
+            places=places_to_bytes(places),
+        )
+        for lane, places in cursors.items()
+    ]
+
+
+@checked
+def cursors_from_proto(messages: Iterable[common.Cursor]) -> tuple[Cursors, dict[Lane, Step]]:
+    """Decode lanes' places and the steps before which they stand."""
+    cursors: Cursors = {}
+    steps: dict[Lane, Step] = {}
+    for message in messages:
+        cursors[Lane(message.lane)] = places_from_bytes(message.places)
+        steps[Lane(message.lane)] = Step(message.step)
+    return cursors, steps
+
+
+def mixture_to_proto(mixture: Mixture) -> common.Mixture:
+    """Encode a mixture."""
+    return common.Mixture(shares_q32=mixture.shares_q32)
+
+
+@checked
+def mixture_from_proto(message: common.Mixture) -> Mixture:
+    """Decode a mixture."""
+    return Mixture(tuple(message.shares_q32))
+
+
+def plan_to_proto(plan: Plan) -> common.Plan:
+    """Encode a plan."""
+    return common.Plan(
+        version=plan.version,
+        first_step=plan.first_step,
+        mixture=mixture_to_proto(plan.mixture),
+        carry_q32=plan.carry_q32,
+    )
+
+
+@checked
+def plan_from_proto(message: common.Plan) -> Plan:
+    """Decode a plan."""
+    return Plan(
+        version=message.version,
+        first_step=Step(message.first_step),
+        mixture=mixture_from_proto(message.mixture),
+        carry_q32=tuple(message.carry_q32),
+    )
+
+
+def plan_event_to_proto(event: PlanEvent) -> control.WatchPlansResponse:
+    """Encode a plan event."""
+    return control.WatchPlansResponse(
+        generation=event.generation,
+        plans=[plan_to_proto(plan) for plan in event.plans],
+        sealed_through=event.sealed_through,
+        reset=event.reset,
+    )
+
+
+@checked
+def plan_event_from_proto(message: control.WatchPlansResponse) -> PlanEvent:
+    """Decode a plan event."""
+    return PlanEvent(
+        generation=Generation(message.generation),
+        plans=tuple(plan_from_proto(plan) for plan in message.plans),
+        sealed_through=message.sealed_through,
+        reset=message.reset,
+    )
+
+
+_PROBE_FIELDS = field_names(ProbeSpec, but={"layers"})
+_SPEC_FIELDS = field_names(RunSpec, but={"domains", "probe"})
+
+
+def spec_to_proto(spec: RunSpec) -> common.RunSpec:
+    """Encode a run's settings."""
+    message = common.RunSpec(
+        domains=spec.domains, **{name: getattr(spec, name) for name in _SPEC_FIELDS}
+    )
+    if spec.probe is not None:
+        probe = {name: getattr(spec.probe, name) for name in _PROBE_FIELDS}
+        message.probe.CopyFrom(common.ProbeSpec(layers=spec.probe.layers, **probe))
+    return message
+
+
+@checked
+def spec_from_proto(message: common.RunSpec) -> RunSpec:
+    """Decode a run's settings."""
+    probe = None
+    if message.HasField("probe"):
+        fields = {name: getattr(message.probe, name) for name in _PROBE_FIELDS}
+        probe = ProbeSpec(layers=tuple(message.probe.layers), **fields)
+    fields = {name: getattr(message, name) for name in _SPEC_FIELDS}
+    return RunSpec(domains=tuple(message.domains), probe=probe, **fields)
+
+
+def endpoint_to_proto(endpoint: LaneEndpoint) -> common.LaneEndpoint:
+    """Encode who serves a lane."""
+    return common.LaneEndpoint(
+        lane=endpoint.lane, endpoint=endpoint.endpoint, worker_id=endpoint.worker_id
+    )
+
+
+def endpoint_from_proto(message: common.LaneEndpoint) -> LaneEndpoint:
+    """Decode who serves a lane."""
+    return LaneEndpoint(
+        lane=Lane(message.lane), endpoint=message.endpoint, worker_id=message.worker_id
+    )
+
+
+def quarantine_to_proto(quarantine: Quarantine) -> common.Quarantine:
+    """Encode what was left out."""
+    return common.Quarantine(
+        domain=quarantine.domain,
+        shard=quarantine.shard,
+        sample=quarantine.sample,
+        reason=quarantine.reason,
+    )
+
+
+def quarantine_from_proto(message: common.Quarantine) -> Quarantine:
+    """Decode what was left out."""
+    return Quarantine(
+        domain=message.domain, shard=message.shard, sample=message.sample, reason=message.reason
+    )
+
+
+def join_request_to_proto(request: JoinRequest) -> control.JoinRequest:
+    """Encode a rank's wish to take part."""
+    message = control.JoinRequest(
+        run_id=request.run_id,
+        rank=request.rank,
+        world_size=request.world_size,
+        attempt_id=request.attempt_id,
+        global_sequences=request.global_sequences,
+        sequence_length=request.sequence_length,
+        timeout_s=request.timeout_s,
+    )
+    if request.resume is not None:
+        resume = control.Resume(
+            order_sha256=request.resume.order_sha256,
+            step=request.resume.step,
+            cursors=cursors_to_proto(request.resume.cursors, request.resume.step),
+        )
+        message.resume.CopyFrom(resume)
+    return message
+
+
+@checked
+def join_request_from_proto(message: control.JoinRequest) -> JoinRequest:
+    """Decode a rank's wish to take part."""
+    resume = None
+    if message.HasField("resume"):
+        cursors, steps = cursors_from_proto(message.resume.cursors)
+        if any(step != message.resume.step for step in steps.values()):
+            raise ValueError(f"a cursor of another step than {message.resume.step}: {steps}")
+        resume = Resume(
+            order_sha256=message.resume.order_sha256,
+            step=Step(_bounded("resume.step", message.resume.step)),
+            cursors=cursors,
+        )
+    if not message.attempt_id:
+        raise ValueError("attempt_id must not be empty")
+    return JoinRequest(
+        run_id=message.run_id,
+        rank=Rank(message.rank),
+        world_size=message.world_size,
+        attempt_id=message.attempt_id,
+        global_sequences=message.global_sequences,
+        sequence_length=message.sequence_length,
+        timeout_s=_finite("timeout_s", message.timeout_s),
+        resume=resume,
+    )
+
+
+def join_answer_to_proto(answer: JoinAnswer) -> control.JoinResponse:
+    """Encode what a rank needs to start."""
+    return control.JoinResponse(
+        generation=answer.generation,
+        spec=spec_to_proto(answer.spec),
+        first_step=answer.first_step,
+        endpoints=[endpoint_to_proto(endpoint) for endpoint in answer.endpoints],
+        cursors=cursors_to_proto(answer.cursors, answer.cursor_steps),
+    )
+
+
+@checked
+def join_answer_from_proto(message: control.JoinResponse) -> JoinAnswer:
+    """Decode what a rank needs to start."""
+    cursors, steps = cursors_from_proto(message.cursors)
+    return JoinAnswer(
+        generation=Generation(message.generation),
+        spec=spec_from_proto(message.spec),
+        first_step=Step(message.first_step),
+        endpoints=tuple(endpoint_from_proto(endpoint) for endpoint in message.endpoints),
+        cursors=cursors,
+        cursor_steps=steps,
+    )
+
+
+def report_to_proto(report: StepReport) -> control.ReportRequest:
+    """Encode a report; its cursors stand before the next step."""
+    part = report.alignment_part
+    return control.ReportRequest(
+        generation=report.generation,
+        rank=report.rank,
+        step=report.step,
+        plan_version=report.plan_version,
+        sequences=report.sequences.tolist(),
+        tokens=report.tokens.tolist(),
+        loss_sum=report.loss_sum.tolist(),
+        alignment_part=b"" if part is None else np.ascontiguousarray(part, _FLOATS).tobytes(),
+        alignment_share=report.alignment_share,
+        weight_norms=report.weight_norms,
+        update_norms=report.update_norms,
+        step_s=report.step_s,
+        data_wait_s=report.data_wait_s,
+        probe_s=report.probe_s,
+        degraded=report.degraded,
+        cursors=cursors_to_proto(report.cursors, Step(report.step + 1)),
+    )
+
+
+@checked
+def report_from_proto(message: control.ReportRequest) -> StepReport:
+    """Decode a report. Shapes against the run, and finiteness, are the controller's to check."""
+    num_domains = len(message.sequences)
+    part = None
+    if message.alignment_part:
+        part = array_from_bytes(message.alignment_part, _FLOATS, (num_domains, num_domains))
+    cursors, _ = cursors_from_proto(message.cursors)
+    return StepReport(
+        generation=Generation(message.generation),
+        rank=Rank(message.rank),
+        step=Step(_bounded("step", message.step)),
+        plan_version=message.plan_version,
+        sequences=np.array([_bounded("sequences", n) for n in message.sequences], np.int64),
+        tokens=np.array([_bounded("tokens", n) for n in message.tokens], np.int64),
+        loss_sum=np.array(message.loss_sum, np.float64),
+        alignment_part=part,
+        alignment_share=message.alignment_share,
+        weight_norms=tuple(message.weight_norms),
+        update_norms=tuple(message.update_norms),
+        step_s=message.step_s,
+        data_wait_s=message.data_wait_s,
+        probe_s=message.probe_s,
+        degraded=message.degraded,
+        cursors=cursors,
+    )
+
+
+def report_answer_to_proto(answer: ReportAnswer) -> control.ReportResponse:
+    """Encode the answer to a report."""
+    return control.ReportResponse(
+        plan_version=answer.plan_version,
+        sealed_through=answer.sealed_through,
+        counted=answer.counted,
+    )
+
+
+def report_answer_from_proto(message: control.ReportResponse) -> ReportAnswer:
+    """Decode the answer to a report."""
+    return ReportAnswer(
+        plan_version=message.plan_version,
+        sealed_through=message.sealed_through,
+        counted=message.counted,
+    )
+
+
+_BEAT_FIELDS = field_names(WorkerBeat, but={"quarantines"})
+
+
+def worker_beat_to_proto(beat: WorkerBeat) -> control.EnlistRequest:
+    """Encode what a worker says of itself."""
+    return control.EnlistRequest(
+        quarantines=[quarantine_to_proto(quarantine) for quarantine in beat.quarantines],
+        **{name: getattr(beat, name) for name in _BEAT_FIELDS},
+    )
+
+
+@checked
+def worker_beat_from_proto(message: control.EnlistRequest) -> WorkerBeat:
+    """Decode what a worker says of itself."""
+    if not message.worker_id or not message.endpoint:
+        raise ValueError("worker_id and endpoint must not be empty")
+    _finite("stall_s", message.stall_s)
+    return WorkerBeat(
+        quarantines=tuple(quarantine_from_proto(item) for item in message.quarantines),
+        **{name: getattr(message, name) for name in _BEAT_FIELDS},
+    )
+
+
+def enlist_event_to_proto(event: EnlistEvent) -> control.EnlistResponse:
+    """Encode what a worker is told."""
+    if isinstance(event, RunSpec):
+        return control.EnlistResponse(spec=spec_to_proto(event))
+    if isinstance(event, Beat):
+        return control.EnlistResponse(beat=control.Beat(drain=event.drain))
+    chunk = control.BlobChunk(
+        name=event.name, offset=event.offset, total_bytes=event.total_bytes, data=event.data
+    )
+    return control.EnlistResponse(chunk=chunk)
+
+
+@checked
+def enlist_event_from_proto(message: control.EnlistResponse) -> EnlistEvent:
+    """Decode what a worker is told."""
+    kind = message.WhichOneof("event")
+    if kind == "spec":
+        return spec_from_proto(message.spec)
+    if kind == "beat":
+        return Beat(drain=message.beat.drain)
+    if kind == "chunk":
+        return BlobChunk(
+            name=message.chunk.name,
+            offset=message.chunk.offset,
+            total_bytes=message.chunk.total_bytes,
+            data=message.chunk.data,
+        )
+    raise ValueError("an empty event")
+
+
+def _bounded(name: str, value: int) -> int:
+    if value > _MAX_INT64:
+        raise ValueError(f"{name} must fit 63 bits, got {value}")
+    return value
+
+
+def _finite(name: str, value: float) -> float:
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return value

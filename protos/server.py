@@ -1,0 +1,289 @@
+"""The services of `protos.services` on gRPC: what a handler raises becomes a status."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from protos import codec, codec_admin, codec_data
+from protos.channel import (
+    MAX_BATCH_BYTES,
+    MAX_CONTROL_BYTES,
+    SERVER_OPTIONS,
+    size_options,
+    status_of,
+)
+from protos.errors import AlreadyServing, HeadraceError
+from protos.security import Security, check_bind, split_address
+from protos.services import AdminService, ControlService, DataService
+from protos.types import Credit, Generation, WorkerBeat
+from protos.wire import (
+    admin_pb2,
+    admin_pb2_grpc,
+    control_pb2,
+    control_pb2_grpc,
+    data_pb2,
+    data_pb2_grpc,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_AioContext = grpc.aio.ServicerContext[Any, Any]
+
+
+async def _abort(context: _AioContext, error: Exception) -> NoReturn:
+    if isinstance(error, HeadraceError):
+        await context.abort(*status_of(error))
+    logger.error("a call failed unexpectedly", exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, "internal error; the controller's log has more")
+    raise AssertionError("abort always raises")
+
+
+async def _answer(context: _AioContext, work: Callable[[], Awaitable[T]]) -> T:
+    try:
+        return await work()
+    except Exception as error:
+        await _abort(context, error)
+
+
+async def _stream(
+    context: _AioContext, items: AsyncIterator[T], encode: Callable[[T], Any]
+) -> AsyncIterator[Any]:
+    try:
+        async for item in items:
+            yield encode(item)
+    except Exception as error:
+        await _abort(context, error)
+
+
+class _Control(control_pb2_grpc.ControlServicer):
+    def __init__(self, service: ControlService) -> None:
+        self._service = service
+
+    async def Join(self, request: control_pb2.JoinRequest, context: _AioContext) -> Any:
+        async def work() -> control_pb2.JoinResponse:
+            answer = await self._service.join(codec.join_request_from_proto(request))
+            return codec.join_answer_to_proto(answer)
+
+        return await _answer(context, work)
+
+    async def Locate(self, request: control_pb2.LocateRequest, context: _AioContext) -> Any:
+        async def work() -> control_pb2.LocateResponse:
+            endpoints = await self._service.locate(Generation(request.generation))
+            return control_pb2.LocateResponse(
+                endpoints=[codec.endpoint_to_proto(endpoint) for endpoint in endpoints]
+            )
+
+        return await _answer(context, work)
+
+    async def Report(self, request: control_pb2.ReportRequest, context: _AioContext) -> Any:
+        async def work() -> control_pb2.ReportResponse:
+            answer = await self._service.report(codec.report_from_proto(request))
+            return codec.report_answer_to_proto(answer)
+
+        return await _answer(context, work)
+
+    async def WatchPlans(
+        self, request: control_pb2.WatchPlansRequest, context: _AioContext
+    ) -> AsyncIterator[control_pb2.WatchPlansResponse]:
+        events = self._service.watch_plans(request.worker_id)
+        async for message in _stream(context, events, codec.plan_event_to_proto):
+            yield message
+
+    async def Enlist(
+        self, request_iterator: AsyncIterator[control_pb2.EnlistRequest], context: _AioContext
+    ) -> AsyncIterator[control_pb2.EnlistResponse]:
+        async def beats() -> AsyncIterator[WorkerBeat]:
+            async for message in request_iterator:
+                yield codec.worker_beat_from_proto(message)
+
+        events = self._service.enlist(beats())
+        async for message in _stream(context, events, codec.enlist_event_to_proto):
+            yield message
+
+
+class _Admin(admin_pb2_grpc.AdminServicer):
+    def __init__(self, service: AdminService) -> None:
+        self._service = service
+
+    async def Status(self, request: admin_pb2.StatusRequest, context: _AioContext) -> Any:
+        async def work() -> admin_pb2.StatusResponse:
+            return codec_admin.status_to_proto(await self._service.status())
+
+        return await _answer(context, work)
+
+    async def SetMixture(self, request: admin_pb2.SetMixtureRequest, context: _AioContext) -> Any:
+        async def work() -> admin_pb2.SetMixtureResponse:
+            first_step = await self._service.set_mixture(dict(request.shares))
+            return admin_pb2.SetMixtureResponse(first_step=first_step)
+
+        return await _answer(context, work)
+
+    async def Freeze(self, request: admin_pb2.FreezeRequest, context: _AioContext) -> Any:
+        async def work() -> admin_pb2.FreezeResponse:
+            await self._service.freeze()
+            return admin_pb2.FreezeResponse()
+
+        return await _answer(context, work)
+
+    async def Resume(self, request: admin_pb2.ResumeRequest, context: _AioContext) -> Any:
+        async def work() -> admin_pb2.ResumeResponse:
+            await self._service.resume()
+            return admin_pb2.ResumeResponse()
+
+        return await _answer(context, work)
+
+    async def SnapshotPolicy(
+        self, request: admin_pb2.SnapshotPolicyRequest, context: _AioContext
+    ) -> Any:
+        async def work() -> admin_pb2.SnapshotPolicyResponse:
+            return admin_pb2.SnapshotPolicyResponse(path=await self._service.snapshot_policy())
+
+        return await _answer(context, work)
+
+    async def Drain(self, request: admin_pb2.DrainRequest, context: _AioContext) -> Any:
+        async def work() -> admin_pb2.DrainResponse:
+            await self._service.drain()
+            return admin_pb2.DrainResponse()
+
+        return await _answer(context, work)
+
+
+class _Data(data_pb2_grpc.DataServicer):
+    def __init__(self, service: DataService) -> None:
+        self._service = service
+
+    def StreamBatches(
+        self,
+        request_iterator: Iterator[data_pb2.StreamBatchesRequest],
+        context: grpc.ServicerContext,
+    ) -> Iterator[data_pb2.StreamBatchesResponse]:
+        def credits() -> Iterator[Credit]:
+            # When the rank goes away, gRPC ends its requests with an error of its own.
+            with contextlib.suppress(grpc.RpcError):
+                for message in request_iterator:
+                    yield codec_data.credit_from_proto(message)
+
+        try:
+            opening = codec_data.open_stream_from_proto(next(request_iterator))
+            for batch in self._service.stream_batches(opening, credits()):
+                yield codec_data.step_batch_to_proto(batch)
+        except (StopIteration, grpc.RpcError):
+            return
+        except HeadraceError as error:
+            code, sentence, trailing = status_of(error)
+            context.set_trailing_metadata(trailing)
+            context.abort(code, sentence)
+        except Exception:
+            if not context.is_active():
+                return
+            logger.exception("a stream failed unexpectedly")
+            context.abort(grpc.StatusCode.INTERNAL, "internal error; the worker's log has more")
+
+
+def _taken(address: str, error: Exception | None) -> AlreadyServing:
+    return AlreadyServing(
+        f"cannot serve {address}: the port is in use or the address is not this machine's; "
+        f"stop the process that holds it or choose another port{f' ({error})' if error else ''}"
+    )
+
+
+@contextlib.asynccontextmanager
+async def serving_controller(
+    control: ControlService,
+    admin: AdminService,
+    *,
+    address: str,
+    security: Security | None = None,
+    drain_s: float = 2.0,
+) -> AsyncIterator[str]:
+    """Serve the controller on the running event loop; yield the bound `host:port`.
+
+    Args:
+        control: what ranks and workers call.
+        admin: what operators call.
+        address: `host:port`; port 0 takes any free one.
+        security: how the port is guarded.
+        drain_s: how long calls under way may go on after the block ends.
+
+    Raises:
+        AlreadyServing: the port is taken.
+        ConfigError: the address may not be bound; see `protos.security.check_bind`.
+    """
+    check_bind(address, security or Security())
+    server = grpc.aio.server(options=[*SERVER_OPTIONS, *size_options(MAX_CONTROL_BYTES)])
+    control_pb2_grpc.add_ControlServicer_to_server(_Control(control), server)
+    admin_pb2_grpc.add_AdminServicer_to_server(_Admin(admin), server)
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise _taken(address, error) from None
+    if port == 0:
+        raise _taken(address, None)
+    await server.start()
+    for name in ("", "headrace.v1.Control", "headrace.v1.Admin"):
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    try:
+        yield f"{split_address(address)[0]}:{port}"
+    finally:
+        await checks.enter_graceful_shutdown()
+        await server.stop(drain_s)
+
+
+@contextlib.contextmanager
+def serving_data(
+    service: DataService,
+    *,
+    address: str,
+    max_streams: int = 64,
+    security: Security | None = None,
+    drain_s: float = 2.0,
+) -> Iterator[str]:
+    """Serve a loader worker on threads; yield the bound `host:port`.
+
+    Args:
+        service: what ranks call.
+        address: `host:port`; port 0 takes any free one.
+        max_streams: how many ranks may stream at once; each holds a thread.
+        security: how the port is guarded.
+        drain_s: how long streams may go on after the block ends.
+
+    Raises:
+        AlreadyServing: the port is taken.
+        ConfigError: the address may not be bound; see `protos.security.check_bind`.
+    """
+    check_bind(address, security or Security())
+    threads = ThreadPoolExecutor(max_streams + 4, thread_name_prefix="headrace-data")
+    server = grpc.server(
+        threads,
+        options=[*SERVER_OPTIONS, *size_options(MAX_BATCH_BYTES)],
+        maximum_concurrent_rpcs=max_streams + 4,
+    )
+    data_pb2_grpc.add_DataServicer_to_server(_Data(service), server)
+    checks = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise _taken(address, error) from None
+    if port == 0:
+        raise _taken(address, None)
+    server.start()
+    for name in ("", "headrace.v1.Data"):
+        checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    try:
+        yield f"{split_address(address)[0]}:{port}"
+    finally:
+        checks.enter_graceful_shutdown()
+        server.stop(drain_s).wait()
+        threads.shutdown(wait=False, cancel_futures=True)
