@@ -1,0 +1,54 @@
+"""From the run file's `policy` to a policy."""
+
+from __future__ import annotations
+
+from controller.policy.base import Policy, PolicyContext
+from controller.policy.config import (
+    AcodmConfig,
+    NaturalConfig,
+    OdmConfig,
+    PolicyConfig,
+    ScheduleConfig,
+    StaticConfig,
+    UniformConfig,
+)
+from controller.policy.fixed import FixedPolicy, fixed_shares
+from controller.policy.mixtures import resolve
+from controller.policy.odm import OdmPolicy
+from controller.policy.schedule import SchedulePolicy
+
+
+def make_policy(config: PolicyConfig, context: PolicyContext) -> Policy:
+    """Build the policy that `config` asks for, before its first step.
+
+    Raises:
+        UnknownDomain: a mixture names a domain that the run does not have.
+        ConfigError: the settings do not fit the run's domains.
+    """
+    match config:
+        case StaticConfig() | NaturalConfig() | UniformConfig():
+            return FixedPolicy(config, context)
+        case ScheduleConfig():
+            return SchedulePolicy(config, context)
+        case OdmConfig():
+            return OdmPolicy(config, context)
+        case _:
+            raise NotImplementedError(config.name)
+
+
+def initial_mixture(config: PolicyConfig, context: PolicyContext) -> tuple[float, ...]:
+    """Return the [domains] shares of the steps before the policy's first decision.
+
+    A domain that a mixture leaves out gets 0.
+
+    Raises:
+        UnknownDomain: a mixture names a domain that the run does not have.
+        ConfigError: the settings do not fit the run's domains.
+    """
+    match config:
+        case StaticConfig() | NaturalConfig() | UniformConfig():
+            return fixed_shares(config, context)
+        case ScheduleConfig():
+            return resolve(config.points[0].mixture, context)
+        case OdmConfig() | AcodmConfig():
+            return resolve(config.initial, context)
