@@ -146,12 +146,14 @@ class ScriptedWorker:
     def stream_batches(self, opening: OpenStream, credits: Iterator[Credit]) -> Iterator[StepBatch]:
         if opening.generation > 5:
             raise StaleGeneration("generation 6 is not known here")
-        for _ in range(opening.credits):
-            yield _batch("<u4")
-        for credit in credits:
-            for _ in range(credit.steps):
+        try:
+            for _ in range(opening.credits):
                 yield _batch("<u4")
-        self.rank_left.set()
+            for credit in credits:
+                for _ in range(credit.steps):
+                    yield _batch("<u4")
+        finally:  # the credits end, or the generator is closed while it waits to be asked again
+            self.rank_left.set()
 
 
 def test_unary_calls_answer_in_our_types() -> None:
