@@ -89,7 +89,7 @@ class DataService(Protocol):
         """Yield the batches of some lanes, step by step, as far as the credits go.
 
         Runs on a thread of its own; `credits` blocks until the rank says something and ends when
-        the rank goes away. If that happens between two batches the generator is closed instead: what
+        the rank goes away. If that happens between two batches the generator is closed: what
         must be undone belongs in a `finally`.
 
         Raises:

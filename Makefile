@@ -1,0 +1,47 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= runs/local
+
+.PHONY: install run test lint types imports generated wheel check clean
+
+install: $(STAMP)
+
+# One environment with pinned versions; made anew only when the pins or the project's own needs change.
+$(STAMP): constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Headrace needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11 $(MAKECMDGOALS)" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+# The whole system on this machine, on real text; ends with a short report.
+run: install
+	$(BIN)/headrace run --out $(OUT) $(ARGS)
+
+# Everything but the tests marked `long`.
+test: install
+	$(BIN)/python -m pytest -m 'not long' $(ARGS)
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+imports: install
+	$(BIN)/lint-imports
+
+generated: install
+	$(BIN)/python -m protos.generate --check
+
+# Build the wheel, install it into a clean environment, use it outside the tree.
+wheel: install
+	$(BIN)/python tests/wheel/check.py
+
+check: lint types imports generated wheel
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
