@@ -126,8 +126,10 @@ class AcodmConfig(_PolicyModel):
     actor_lr: float = Field(default=1e-4, gt=0)
     critic_lr: float = Field(default=1e-3, gt=0)
     clip_norm: float = Field(default=1.0, gt=0)
-    entropy_weight: float = Field(default=0.0, ge=0)
-    """Reward for a mixture that is spread out; the published method has none."""
+    anchor_weight: float = Field(default=1.0, ge=0)
+    """Pull towards `initial`: a domain whose reward is this many standard deviations above
+    another's gets e times the share that `initial` would give it; 0, as published, gives the best
+    domain all that the floors leave."""
 
     replay_capacity: int = Field(default=10_000, ge=1)
     batch_size: int = Field(default=32, ge=1)

@@ -10,10 +10,14 @@ from controller.policy.base import PolicyContext, PolicyState
 
 HEADER = "header"
 
+VERSION = 1
+"""Of what policies save; grows when a state of before cannot be restored any more."""
+
 
 def header_of(config: BaseModel, context: PolicyContext) -> dict[str, Any]:
     """Return what must be equal for a state to fit: policy, settings, domains."""
     return {
+        "version": VERSION,
         "domains": list(context.domains),
         "settings": config.model_dump(mode="json"),
     }
@@ -29,6 +33,10 @@ def check_header(state: PolicyState, config: BaseModel, context: PolicyContext) 
     wanted = header_of(config, context)
     if not isinstance(held, dict) or held.keys() != wanted.keys():
         raise ValueError("the state has no header of a policy; it cannot be restored")
+    if held["version"] != VERSION:
+        raise ValueError(
+            f"the state was saved in version {held['version']}, this code reads {VERSION}"
+        )
     if held["domains"] != wanted["domains"]:
         raise ValueError(
             f"the state is of domains {held['domains']}, the run has {wanted['domains']}"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+from numpy.typing import NDArray
+
 from controller.policy.base import PolicyContext
 from controller.policy.config import MixtureSetting
 from protos.errors import ConfigError, UnknownDomain
@@ -45,3 +48,8 @@ def _natural(context: PolicyContext) -> tuple[float, ...]:
 def _scaled(weights: list[float] | tuple[float, ...]) -> tuple[float, ...]:
     total = math.fsum(weights)
     return tuple(weight / total for weight in weights)
+
+
+def floored(shares: NDArray[np.float64], floor: float) -> NDArray[np.float64]:
+    """Return the mixture of `shares` with the uniform one that gives every domain `floor`."""
+    return (1 - len(shares) * floor) * shares + floor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from controller.policy.acodm.initial import initial_shares
 from controller.policy.base import Policy, PolicyContext
 from controller.policy.config import (
     AcodmConfig,
@@ -32,8 +33,11 @@ def make_policy(config: PolicyConfig, context: PolicyContext) -> Policy:
             return SchedulePolicy(config, context)
         case OdmConfig():
             return OdmPolicy(config, context)
-        case _:
-            raise NotImplementedError(config.name)
+        case AcodmConfig():
+            # Brings in torch, which takes seconds and which no other policy needs.
+            from controller.policy.acodm.policy import AcodmPolicy
+
+            return AcodmPolicy(config, context)
 
 
 def initial_mixture(config: PolicyConfig, context: PolicyContext) -> tuple[float, ...]:
@@ -50,5 +54,7 @@ def initial_mixture(config: PolicyConfig, context: PolicyContext) -> tuple[float
             return fixed_shares(config, context)
         case ScheduleConfig():
             return resolve(config.points[0].mixture, context)
-        case OdmConfig() | AcodmConfig():
+        case OdmConfig():
             return resolve(config.initial, context)
+        case AcodmConfig():
+            return tuple(initial_shares(config, context).tolist())

@@ -1,0 +1,1 @@
+"""AC-ODM: online data mixing by an actor-critic."""

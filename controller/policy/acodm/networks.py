@@ -1,0 +1,92 @@
+"""The actor (state -> mixture) and the critic (state, mixture -> value)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class Actor(nn.Module):
+    """A mixture for each state, with at least `floor` for every domain.
+
+    The floor is part of the network, so that what is learned about is what is carried out.
+    """
+
+    def __init__(
+        self,
+        *,
+        state_size: int,
+        initial: Tensor,
+        width: int,
+        depth: int,
+        floor: float,
+        generator: torch.Generator,
+    ) -> None:
+        """Start near `initial`, [domains] shares above 0, whatever the state is."""
+        super().__init__()
+        self._floor = floor
+        self._logits = _mlp(state_size, len(initial), width, depth, generator)
+        head = self._logits[-1]
+        assert isinstance(head, nn.Linear)
+        with torch.no_grad():
+            head.weight.mul_(_HEAD_SCALE)
+            head.bias.copy_(initial.log())
+
+    def forward(self, states: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return [batch, domains] shares; `noise` is added to the logits."""
+        logits: Tensor = self._logits(states)
+        if noise is not None:
+            logits = logits + noise
+        shares = torch.softmax(logits, dim=-1)
+        return (1 - shares.shape[-1] * self._floor) * shares + self._floor
+
+
+class Critic(nn.Module):
+    """What rewards to expect from a mixture on: one value, or one for each domain."""
+
+    def __init__(
+        self,
+        *,
+        state_size: int,
+        num_domains: int,
+        num_values: int,
+        width: int,
+        depth: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self._values = _mlp(state_size + num_domains, num_values, width, depth, generator)
+
+    def forward(self, states: Tensor, mixtures: Tensor) -> Tensor:
+        """Return [batch, values]."""
+        values: Tensor = self._values(torch.cat([states, mixtures], dim=-1))
+        return values
+
+
+_HEAD_SCALE = 0.01
+"""A head this small lets its bias decide at first."""
+
+
+def _mlp(
+    inputs: int, outputs: int, width: int, depth: int, generator: torch.Generator
+) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for layer in range(depth):
+        layers += [
+            _linear(inputs if layer == 0 else width, width, generator),
+            nn.LayerNorm(width),
+            nn.ReLU(),
+        ]
+    return nn.Sequential(*layers, _linear(width, outputs, generator))
+
+
+def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+    """Make a layer as torch would, but from `generator`: the global one is the trainer's."""
+    linear: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)  # type: ignore[no-untyped-call]
+    bound = 1 / math.sqrt(inputs)
+    with torch.no_grad():
+        linear.weight.uniform_(-bound, bound, generator=generator)
+        linear.bias.uniform_(-bound, bound, generator=generator)
+    return linear
