@@ -1,0 +1,151 @@
+"""From a delivered step to the micro-batches that the trainer sees, on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from protos.types import Step
+
+if TYPE_CHECKING:
+    from trainer_client.feed import DeliveredStep, Feed
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Batch:
+    """A micro-batch: some of this rank's sequences of one step."""
+
+    tokens: torch.Tensor
+    """[sequences, sequence_length] int64: the model's input"""
+
+    labels: torch.Tensor
+    """[sequences, sequence_length] int64: the token that follows each of `tokens`"""
+
+    loss_mask: torch.Tensor
+    """[sequences, sequence_length] bool: False where the label is padding"""
+
+    domain_ids: torch.Tensor
+    """[sequences] int64: positions in the run's domains"""
+
+    step: Step
+    slots: range
+    """Places in the step's global batch; empty for a filler (see `split`)."""
+
+    first_of_step: bool
+    last_of_step: bool
+    plan_version: int
+    degraded: bool
+    """Composed with the last plan, because the controller had not decided in time."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class StagedStep:
+    """A delivered step whose arrays are on the trainer's device, or on their way there."""
+
+    delivered: DeliveredStep
+    tokens: torch.Tensor
+    loss_mask: torch.Tensor
+    domain_ids: torch.Tensor
+    copied: torch.cuda.Event | None
+    """None: nothing to wait for."""
+
+
+class Stager:
+    """Brings steps to the device; on CUDA the next step is copied while this one computes."""
+
+    def __init__(self, feed: Feed, device: torch.device) -> None:
+        self._feed = feed
+        self._device = device
+        self._ahead: StagedStep | None = None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def get(self, step: Step) -> StagedStep:
+        """Return a step, waiting for it if it is not here yet."""
+        ahead, self._ahead = self._ahead, None
+        return ahead if ahead is not None else self._stage(self._feed.take(step))
+
+    def look_ahead(self, step: Step) -> None:
+        """Begin to copy a step if it is here already; never waits."""
+        if self._stream is not None and self._ahead is None and self._feed.has(step):
+            self._ahead = self._stage(self._feed.take(step))
+
+    def _stage(self, delivered: DeliveredStep) -> StagedStep:
+        tokens = torch.from_numpy(delivered.tokens.astype(np.int64))
+        labels_at = torch.arange(1, tokens.shape[1])
+        num_tokens = torch.from_numpy(delivered.num_tokens.astype(np.int64))
+        tokens, loss_mask, domain_ids, copied = self._to_device(
+            tokens,
+            labels_at[None, :] < num_tokens[:, None],
+            torch.from_numpy(delivered.domain_ids.astype(np.int64)),
+        )
+        return StagedStep(
+            delivered=delivered,
+            tokens=tokens,
+            loss_mask=loss_mask,
+            domain_ids=domain_ids,
+            copied=copied,
+        )
+
+    def _to_device(
+        self, tokens: torch.Tensor, loss_mask: torch.Tensor, domain_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.cuda.Event | None]:
+        if self._stream is None:
+            device = self._device
+            return tokens.to(device), loss_mask.to(device), domain_ids.to(device), None
+        with torch.cuda.stream(self._stream):
+            moved = [
+                array.pin_memory().to(self._device, non_blocking=True)
+                for array in (tokens, loss_mask, domain_ids)
+            ]
+        return moved[0], moved[1], moved[2], self._stream.record_event()
+
+
+def arrive(staged: StagedStep) -> None:
+    """Make the device's current stream wait for the copy of a step; the host does not wait."""
+    if staged.copied is None:
+        return
+    current = torch.cuda.current_stream(staged.tokens.device)
+    current.wait_event(staged.copied)
+    for array in (staged.tokens, staged.loss_mask, staged.domain_ids):
+        array.record_stream(current)
+
+
+def split(staged: StagedStep, *, micro_batch: int, most_sequences: int) -> Iterator[Batch]:
+    """Yield the micro-batches of a step.
+
+    All ranks yield equally many, else their collectives would not meet. Where a rank with one
+    sequence fewer than others would yield fewer, its last micro-batch is a filler: a copy of its
+    first sequence with nothing in `loss_mask`.
+
+    Args:
+        staged: the step.
+        micro_batch: sequences in a micro-batch; the last may have fewer.
+        most_sequences: what the rank with the most of them has in a step.
+    """
+    num_sequences = len(staged.tokens)
+    num_batches = -(-most_sequences // micro_batch)
+    for index in range(num_batches):
+        first = index * micro_batch
+        end = min(first + micro_batch, num_sequences)
+        filler = first >= end
+        rows = slice(0, 1) if filler else slice(first, end)
+        mask = staged.loss_mask[rows]
+        slots = staged.delivered.slots
+        yield Batch(
+            tokens=staged.tokens[rows, :-1].contiguous(),
+            labels=staged.tokens[rows, 1:].contiguous(),
+            loss_mask=torch.zeros_like(mask) if filler else mask,
+            domain_ids=staged.domain_ids[rows],
+            step=staged.delivered.step,
+            slots=slots[0:0] if filler else slots[first:end],
+            first_of_step=index == 0,
+            last_of_step=index == num_batches - 1,
+            plan_version=staged.delivered.plan_version,
+            degraded=staged.delivered.degraded,
+        )

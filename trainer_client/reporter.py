@@ -1,0 +1,205 @@
+"""The thread that sends reports: a step hands one over and never waits."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from protos.errors import HeadraceError, StaleGeneration
+from protos.types import ReportAnswer, StepReport
+from trainer_client.device_copy import HostCopy
+from trainer_client.probe import ProbeStep
+from trainer_client.retry import Retry, until_answered
+
+logger = logging.getLogger(__name__)
+
+_WARNINGS_APART_S = 60.0
+_CALL_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class PendingReport:
+    """A report some of whose numbers are still on the device or with other ranks."""
+
+    report: StepReport
+    losses: HostCopy | None
+    probe: ProbeStep | None
+
+    def resolve(self, *, timeout_s: float) -> StepReport:
+        """Wait for the numbers; an alignment that does not come or is not finite is left out."""
+        changes: dict[str, object] = {}
+        if self.losses is not None:
+            sums = self.losses.wait()
+            changes = {"loss_sum": sums[:, 0].copy(), "tokens": sums[:, 1].astype(np.int64)}
+        if self.probe is not None:
+            changes["probe_s"] = self.probe.probe_s
+            if self.probe.norms is not None:
+                weights, updates = self.probe.norms.wait()
+                changes["weight_norms"] = tuple(weights.tolist())
+                changes["update_norms"] = tuple(updates.tolist())
+            changes |= self._alignment(self.probe, timeout_s)
+        return dataclasses.replace(self.report, **changes)  # type: ignore[arg-type]
+
+    def _alignment(self, probe: ProbeStep, timeout_s: float) -> dict[str, object]:
+        where = f"rank={self.report.rank} step={self.report.step}"
+        if probe.alignment is None:
+            return {}
+        try:
+            part = probe.alignment.wait(timeout_s=timeout_s)
+        except RuntimeError as error:
+            logger.warning("no alignment %s: the ranks' sketches did not meet: %s", where, error)
+            return {}
+        if not np.isfinite(part).all():
+            logger.warning("no alignment %s: gradients are not finite", where)
+            return {}
+        return {"alignment_part": part, "alignment_share": probe.alignment.share}
+
+
+class ReporterState(enum.Enum):
+    """OPEN -> FENCED -> CLOSED, or OPEN -> CLOSED; never back."""
+
+    OPEN = "open"  # takes and sends
+    FENCED = "fenced"  # another generation has begun: takes, counts and drops
+    CLOSED = "closed"  # takes nothing
+
+
+class Reporter:
+    """A bounded queue of reports and the daemon thread that sends them.
+
+    caller   call         waits for                    woken by
+    trainer  offer        never                        -
+    trainer  flush        the queue to run empty       the thread, timeout_s
+    thread   its loop     a report                     offer, close
+
+    Training never stops because of reports: what cannot be sent is dropped, counted and warned of.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[StepReport, float], ReportAnswer],
+        *,
+        capacity: int = 16,
+        budget_s: float = 10.0,
+        retry: Retry | None = None,
+    ) -> None:
+        self._send = send
+        self._capacity = capacity
+        self._budget_s = budget_s
+        self._retry = retry or Retry()
+        self._changed = threading.Condition()
+        self._queue: deque[PendingReport] = deque()
+        self._busy = False
+        self._state = ReporterState.OPEN
+        self._closing = threading.Event()
+        self._warned_at = -_WARNINGS_APART_S
+        self._unwarned = 0
+        self.num_sent = 0
+        self.num_dropped = 0
+        self._thread = threading.Thread(target=self._run, name="headrace-reporter", daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> ReporterState:
+        """Where the reporter stands in its life."""
+        return self._state
+
+    def offer(self, pending: PendingReport) -> bool:
+        """Queue a report unless the queue is full; tell whether it was queued."""
+        with self._changed:
+            if self._state is ReporterState.OPEN and len(self._queue) < self._capacity:
+                self._queue.append(pending)
+                self._changed.notify_all()
+                return True
+            reason = (
+                f"{self._capacity} reports are waiting already"
+                if self._state is ReporterState.OPEN
+                else f"reporting is {self._state.value}"
+            )
+        self._drop(pending.report, reason)
+        return False
+
+    def flush(self, *, timeout_s: float) -> bool:
+        """Wait until every queued report was sent or dropped; tell whether that happened."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._queue and not self._busy, timeout_s)
+
+    def close(self, *, timeout_s: float = 5.0) -> None:
+        """Flush for at most `timeout_s` and end; closing twice does no harm."""
+        if self._state is not ReporterState.CLOSED:
+            self.flush(timeout_s=timeout_s)
+        with self._changed:
+            self._state = ReporterState.CLOSED
+            left, self._queue = list(self._queue), deque()
+            self._changed.notify_all()
+        self._closing.set()
+        for pending in left:
+            self._drop(pending.report, "the session was closed")
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._state is ReporterState.CLOSED)
+                if not self._queue:
+                    return
+                pending = self._queue.popleft()
+                self._busy = True
+            try:
+                self._deliver(pending)
+            finally:
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()
+
+    def _deliver(self, pending: PendingReport) -> None:
+        if self._state is not ReporterState.OPEN:
+            self._drop(pending.report, f"reporting is {self._state.value}")
+            return
+        try:
+            report = pending.resolve(timeout_s=self._budget_s)
+            until_answered(
+                lambda left_s: self._send(report, min(max(left_s, 0.1), _CALL_TIMEOUT_S)),
+                budget_s=self._budget_s,
+                retry=self._retry,
+                wait=self._closing.wait,
+            )
+        except StaleGeneration as error:
+            with self._changed:
+                if self._state is ReporterState.OPEN:
+                    self._state = ReporterState.FENCED
+            self._drop(pending.report, str(error))
+        except HeadraceError as error:
+            self._drop(pending.report, str(error))
+        except Exception as error:
+            # A thread that dies would drop every later report without a word.
+            logger.exception(
+                "report failed unexpectedly rank=%d step=%d",
+                pending.report.rank,
+                pending.report.step,
+            )
+            self._drop(pending.report, str(error))
+        else:
+            self.num_sent += 1
+
+    def _drop(self, report: StepReport, reason: str) -> None:
+        with self._changed:
+            self.num_dropped += 1
+            self._unwarned += 1
+            now = time.monotonic()
+            if now - self._warned_at < _WARNINGS_APART_S:
+                return
+            num_lost, self._unwarned, self._warned_at = self._unwarned, 0, now
+        logger.warning(
+            "report lost rank=%d step=%d (%d since the last warning): %s",
+            report.rank,
+            report.step,
+            num_lost,
+            reason,
+        )

@@ -1,0 +1,146 @@
+"""Where the lane streams leave batches and the trainer takes them, step by step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from protos.errors import HeadraceError, InvalidMessage
+from protos.types import Cursors, Lane, LaneBatch, Places, RunSpec, Step, StepBatch
+
+
+class StepBuffer:
+    """Each lane's steps, delivered exactly once and in order; every wait has an end.
+
+    caller        call   waits for                    woken by
+    lane stream   put    never; credits bound it      -
+    trainer       wait   every lane's part of a step  put, fail, close, timeout
+
+    What lies here was delivered, so this is where a stream that broke goes on from.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: RunSpec,
+        slots: range,
+        lanes: Sequence[Lane],
+        first_step: Step,
+        cursors: Cursors,
+        cursor_steps: dict[Lane, Step],
+    ) -> None:
+        self._spec = spec
+        self._slots = slots
+        self._changed = threading.Condition()
+        self._next_steps = dict.fromkeys(lanes, first_step)
+        self._cursors = {lane: cursors[lane] for lane in lanes}
+        self._cursor_steps = {lane: cursor_steps.get(lane, first_step) for lane in lanes}
+        self._parts: dict[Step, dict[Lane, tuple[StepBatch, LaneBatch]]] = {}
+        self._error: BaseException | None = None
+        self._closed = False
+
+    def next_step(self, lane: Lane) -> Step:
+        """Return the step that the lane delivers next."""
+        with self._changed:
+            return self._next_steps[lane]
+
+    def place(self, lane: Lane) -> tuple[Places, Step]:
+        """Return the lane's cursor after what it delivered, and the step before which it stands."""
+        with self._changed:
+            return self._cursors[lane], self._cursor_steps[lane]
+
+    def put(self, batch: StepBatch, lanes: Sequence[Lane]) -> None:
+        """Add one stream's part of a step: all of its lanes or none.
+
+        Raises:
+            InvalidMessage: it is not what these lanes deliver next.
+        """
+        with self._changed:
+            if sorted(part.lane for part in batch.lanes) != sorted(lanes):
+                raise InvalidMessage(
+                    f"step {batch.step}: asked for lanes {list(lanes)}, got "
+                    f"{[part.lane for part in batch.lanes]}"
+                )
+            for part in batch.lanes:
+                self._check(batch.step, part)
+            parts = self._parts.setdefault(batch.step, {})
+            for part in batch.lanes:
+                parts[part.lane] = (batch, part)
+                self._next_steps[part.lane] = Step(batch.step + 1)
+                self._cursors[part.lane] = part.cursor_after
+                self._cursor_steps[part.lane] = Step(batch.step + 1)
+            self._changed.notify_all()
+
+    def _check(self, step: Step, part: LaneBatch) -> None:
+        where = f"lane {part.lane}, step {step}"
+        if step != self._next_steps[part.lane]:
+            raise InvalidMessage(f"{where}: expected step {self._next_steps[part.lane]}")
+        wanted = self.lane_slots(part.lane)
+        got = range(part.first_slot, part.first_slot + len(part.tokens))
+        if got != wanted:
+            raise InvalidMessage(f"{where}: asked for slots {wanted}, got {got}")
+        num_domains = self._spec.num_domains
+        if part.cursor_after.shape != (num_domains, 3):
+            raise InvalidMessage(
+                f"{where}: a cursor has shape ({num_domains}, 3), got {part.cursor_after.shape}"
+            )
+        if np.any(part.domain_ids >= num_domains):
+            raise InvalidMessage(
+                f"{where}: the run has domains 0..{num_domains - 1}, got {part.domain_ids.max()}"
+            )
+        if np.any(part.num_tokens > self._spec.sequence_length + 1):
+            raise InvalidMessage(
+                f"{where}: a sequence has at most {self._spec.sequence_length + 1} tokens, got "
+                f"{part.num_tokens.max()}"
+            )
+
+    def lane_slots(self, lane: Lane) -> range:
+        """Return the slots of a lane that belong to this rank."""
+        per_lane = self._spec.slots_per_lane
+        first = max(lane * per_lane, self._slots.start)
+        return range(first, min((lane + 1) * per_lane, self._slots.stop))
+
+    def missing(self, step: Step) -> list[Lane]:
+        """Return the lanes that have not delivered their part of `step`."""
+        with self._changed:
+            return [lane for lane, next_step in self._next_steps.items() if next_step <= step]
+
+    def wait(self, step: Step, *, timeout_s: float) -> bool:
+        """Wait until all of `step` is here; tell whether it is.
+
+        Raises:
+            HeadraceError: no more will come, and why.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._error is not None or self._closed or self._has(step), timeout_s
+            )
+            if self._has(step):
+                return True
+            if self._error is not None:
+                raise self._error
+            if self._closed:
+                raise HeadraceError(f"the session was closed while waiting for step {step}")
+            return False
+
+    def _has(self, step: Step) -> bool:
+        return len(self._parts.get(step, ())) == len(self._next_steps)
+
+    def take(self, step: Step) -> dict[Lane, tuple[StepBatch, LaneBatch]]:
+        """Remove and return a step that is here."""
+        with self._changed:
+            return self._parts.pop(step)
+
+    def fail(self, error: BaseException) -> None:
+        """Make every wait for a step that is not here raise `error`; the first one stays."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End every wait."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
