@@ -1,0 +1,79 @@
+"""Composes the batches of some lanes: a function of spec, index, counts and cursors alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loader_workers.lane import LaneReader
+from loader_workers.source import WindowSource
+from protos.slots import deal
+from protos.types import Cursors, Lane, LaneBatch, Step
+
+
+class Composer:
+    """The lanes of one stream, moved on step by step. Not thread-safe."""
+
+    def __init__(
+        self, source: WindowSource, cursors: Cursors, *, first_slot: int, end_slot: int
+    ) -> None:
+        self._spec = source.spec
+        self._slots = range(first_slot, end_slot)
+        self._lanes = {
+            lane: LaneReader(source, lane, places) for lane, places in sorted(cursors.items())
+        }
+
+    def prepare(self, domains: Iterable[int]) -> None:
+        """Have the windows of these domains opened ahead of need, in this order."""
+        for domain in domains:
+            for reader in self._lanes.values():
+                reader.prepare([domain])
+
+    def wind(self, counts: Mapping[Lane, NDArray[np.int64]]) -> None:
+        """Move lanes over so many sequences of each domain."""
+        for lane, by_domain in counts.items():
+            for domain, count in enumerate(by_domain.tolist()):
+                self._lanes[lane].skip(domain, count)
+
+    def compose(self, step: Step, counts: NDArray[np.int64]) -> tuple[LaneBatch, ...]:
+        """Return the lanes' batches of a step with these [domains] counts.
+
+        Raises:
+            DomainEmpty: a lane has no tokens in a domain that the step wants.
+            NotReady: the worker is stopping.
+        """
+        labels = deal(counts, lanes=self._spec.lanes, seed=self._spec.seed, step=step)
+        return tuple(
+            self._lane_batch(lane, reader, labels[lane]) for lane, reader in self._lanes.items()
+        )
+
+    def _lane_batch(self, lane: Lane, reader: LaneReader, labels: NDArray[np.uint16]) -> LaneBatch:
+        spec = self._spec
+        width = spec.slots_per_lane
+        tokens = np.empty((width, spec.sequence_length + 1), dtype=spec.token_dtype)
+        num_tokens = np.empty(width, dtype=np.uint32)
+        places = np.empty((width, 3), dtype=np.uint32)
+        for domain in np.unique(labels).tolist():
+            slots = np.flatnonzero(labels == domain)
+            taken = reader.take(domain, len(slots))
+            tokens[slots], num_tokens[slots] = taken.tokens, taken.num_tokens
+            places[slots] = taken.places
+        lane_first = lane * width
+        first = max(self._slots.start, lane_first)
+        mine = slice(first - lane_first, min(self._slots.stop - lane_first, width))
+        return LaneBatch(
+            lane=lane,
+            first_slot=first,
+            tokens=tokens[mine],
+            domain_ids=labels[mine],
+            num_tokens=num_tokens[mine],
+            places=places[mine],
+            cursor_after=reader.places(),
+        )
+
+    def close(self) -> None:
+        """Give up what is being opened ahead; idempotent."""
+        for reader in self._lanes.values():
+            reader.close()

@@ -1,0 +1,185 @@
+"""Groups the members of a shard into samples by webdataset's rules, and decodes each sample.
+
+A member's key is its path up to the first dot of its base name, its ending the rest, in lower
+case; members with the same key that follow one another are one sample; names like `__meta__` and
+names without a dot are skipped. Token arrays are preferred to text, and `txt` to `json`, which
+often holds only metadata of the `txt` beside it. No other ending is ever read, pickles least of
+all.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loader_workers.tar import Member, TarReader
+
+TOKEN_ENDINGS = ("npy", "u16", "u32")
+TEXT_ENDINGS = ("txt", "json")
+ENDINGS = TOKEN_ENDINGS + TEXT_ENDINGS
+"""In order of preference."""
+
+MAX_MEMBER_BYTES = 64 << 20
+"""A larger document is not read: it would stall the worker and crowd out a whole window."""
+
+_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_META = re.compile(r"__[^/]*__($|/)")
+_NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+Document = str | NDArray[np.uint32]
+"""Text, or the token ids that stand for it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Sample:
+    """One sample of a shard."""
+
+    key: str
+    document: Document | None
+    """None: unreadable."""
+
+    reason: str = ""
+    """Why it is unreadable."""
+
+
+class _Unreadable(Exception):
+    """A sample cannot be decoded; the message says why."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """The members of the sample that is being collected."""
+
+    key: str
+    contents: dict[str, bytes] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Return key and ending of a member's name; None: it belongs to no sample."""
+    if _META.match(name):
+        return None
+    match = _NAME.match(name)
+    return (match.group(1), match.group(2).lower()) if match else None
+
+
+def read_samples(reader: TarReader, *, text_field: str) -> Iterator[Sample]:
+    """Yield the samples of an archive in order, unreadable ones with their reason.
+
+    Raises:
+        ShardUnreadable: the archive itself is damaged.
+    """
+    group: _Group | None = None
+    for member in reader:
+        parts = split_name(member.name)
+        if parts is None:
+            continue
+        key, ending = parts
+        if group is None or group.key != key:
+            if group is not None:
+                yield _sample(group, text_field=text_field)
+            group = _Group(key)
+        _add(group, ending, member, reader)
+    if group is not None:
+        yield _sample(group, text_field=text_field)
+
+
+def _add(group: _Group, ending: str, member: Member, reader: TarReader) -> None:
+    if ending not in ENDINGS:
+        group.others.append(ending)
+    elif ending in group.contents or ending in group.problems:
+        group.problems[ending] = f"it holds two members that end in .{ending}"
+    elif member.refused:
+        group.problems[ending] = (
+            f"its member .{ending} is {member.refused}; only regular files are read"
+        )
+    elif member.size > MAX_MEMBER_BYTES:
+        group.problems[ending] = (
+            f"its member .{ending} has {member.size} bytes, more than {MAX_MEMBER_BYTES}"
+        )
+    else:
+        group.contents[ending] = reader.read(member)
+
+
+def _sample(group: _Group, *, text_field: str) -> Sample:
+    try:
+        return Sample(key=group.key, document=_decode(group, text_field=text_field))
+    except _Unreadable as error:
+        return Sample(key=group.key, document=None, reason=f"sample {group.key!r}: {error}")
+
+
+def _decode(group: _Group, *, text_field: str) -> Document:
+    for ending in ENDINGS:
+        if ending in group.problems:
+            raise _Unreadable(group.problems[ending])
+        if ending not in group.contents:
+            continue
+        content = group.contents[ending]
+        if ending == "npy":
+            return _from_npy(content)
+        if ending in ("u16", "u32"):
+            return _from_raw(content, ending)
+        return _from_text(content) if ending == "txt" else _from_json(content, text_field)
+    known = ", ".join(f".{ending}" for ending in ENDINGS)
+    others = ", ".join(repr(ending) for ending in group.others)
+    raise _Unreadable(f"none of its members ({others}) ends in {known}")
+
+
+def _from_text(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _Unreadable(f"its text is not UTF-8 at byte {error.start}") from error
+
+
+def _from_json(content: bytes, text_field: str) -> str:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise _Unreadable(f"its JSON cannot be parsed: {error}") from error
+    text = value.get(text_field) if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        raise _Unreadable(f"its JSON has no text in the field {text_field!r} (data.text_field)")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _Unreadable(f"its text has half a surrogate pair at {error.start}") from error
+    return text
+
+
+def _from_raw(content: bytes, ending: str) -> NDArray[np.uint32]:
+    dtype = np.dtype("<u2") if ending == "u16" else np.dtype("<u4")
+    if len(content) % dtype.itemsize:
+        raise _Unreadable(f"{len(content)} bytes are no whole number of .{ending} token ids")
+    return np.frombuffer(content, dtype=dtype).astype(np.uint32)
+
+
+def _from_npy(content: bytes) -> NDArray[np.uint32]:
+    """Decode by header and buffer, so that a claimed shape allocates nothing."""
+    stream = io.BytesIO(content)
+    try:
+        read_header = _NPY_HEADERS[np.lib.format.read_magic(stream)]
+        shape, _, dtype = read_header(stream)
+    except (ValueError, KeyError, SyntaxError, RecursionError) as error:
+        raise _Unreadable(f"its .npy has no valid header: {error}") from error
+    if len(shape) != 1 or dtype.kind not in "iu":
+        raise _Unreadable(
+            f".npy must be a 1-D array of integers, got shape {shape} of type {dtype}"
+        )
+    body = content[stream.tell() :]
+    if len(body) != shape[0] * dtype.itemsize:
+        raise _Unreadable(f".npy claims {shape[0]} token ids and holds {len(body)} bytes")
+    tokens = np.frombuffer(body, dtype=dtype)
+    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= 1 << 32):
+        raise _Unreadable(f"token ids must be in 0..2^32-1, got {tokens.min()}..{tokens.max()}")
+    return tokens.astype(np.uint32)
