@@ -113,15 +113,17 @@ class AcodmConfig(_PolicyModel):
     width: int = Field(default=1024, ge=1)
     depth: int = Field(default=5, ge=1)
     critic: Literal["vector", "scalar"] = "vector"
-    """`vector`: a value for each domain, weighted by the mixture; `scalar`: one for the mixture."""
+    """`vector`: a value for each domain, weighted by the mixture; `scalar`: one for the mixture,
+    which is exact but learns from how mixtures vary alone, and so slowly."""
 
     norm_layers: int = Field(default=9, ge=0)
     """Places for weight norms in the state: fewer are padded with 0, more are refused."""
 
     # Learning.
     gamma: float = Field(default=0.95, ge=0, lt=1)
-    tau: float = Field(default=0.001, gt=0, le=1)
-    """How far the target networks move towards the learned ones in an update."""
+    tau: float | None = Field(default=None, gt=0, le=1)
+    """How far the target networks move towards the learned ones in an update. Null: as far in a run
+    as in the published one, 42 / steps, within 0.001 and 0.05."""
 
     actor_lr: float = Field(default=1e-4, gt=0)
     critic_lr: float = Field(default=1e-3, gt=0)

@@ -42,9 +42,11 @@ class Agent:
         *,
         state_size: int,
         initial: NDArray[np.float64],
+        tau: float,
         generator: torch.Generator,
     ) -> None:
         self._config = config
+        self._tau = tau
         # A domain that the initial mixture leaves out can still be learned.
         started = torch.as_tensor(initial, dtype=torch.float32).clamp_min(LEAST_INITIAL)
         self._anchor = started.log()
@@ -156,7 +158,7 @@ class Agent:
     @torch.no_grad()
     def _follow(self, target: nn.Module, learned: nn.Module) -> None:
         for slow, fast in zip(target.parameters(), learned.parameters(), strict=True):
-            slow.lerp_(fast, self._config.tau)
+            slow.lerp_(fast, self._tau)
 
     def _networks(self) -> Iterator[tuple[str, nn.Module]]:
         yield "actor", self.actor

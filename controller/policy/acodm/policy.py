@@ -26,6 +26,7 @@ Where it differs, and why:
 * The actor starts at `initial` and has an explicit floor; the code draws every domain once a step.
 * The actor is drawn towards `initial` (`anchor_weight`). Both the text's objective and the code's
   are linear in the shares, and the best mixture of a linear objective is a single domain.
+* The targets' speed tau goes by the length of the run; 0.001 suits one of 41,667 steps.
 * No weight decay, and learning rates of 1e-4 and 1e-3: the code's 0.01 was set for an actor that
   was never stepped.
 * All of it is saved: networks, targets, optimisers, replay, moments, generator.
@@ -55,6 +56,9 @@ from controller.policy.mixtures import floored
 from controller.policy.odm import WARMUP_SHARE, OdmPolicy
 from protos.types import Step
 
+_TARGET_UPDATES = 42
+"""tau x steps of the published run: 0.001 x 41,667. A short run needs faster targets to learn."""
+
 
 class AcodmPolicy:
     """Warm-up around the initial mixture, then the actor's mixtures, learning at every step."""
@@ -75,7 +79,11 @@ class AcodmPolicy:
         size = state_size(num_domains, config.norm_layers)
         self._generator = torch.Generator().manual_seed(context.seed)
         self._agent = Agent(
-            config, state_size=size, initial=self._initial, generator=self._generator
+            config,
+            state_size=size,
+            initial=self._initial,
+            tau=config.tau or min(max(_TARGET_UPDATES / context.num_steps, 0.001), 0.05),
+            generator=self._generator,
         )
         self._tracker = StateTracker(num_domains, config.norm_layers)
         self._moments = RunningMoments(size, horizon=config.moments_horizon)
