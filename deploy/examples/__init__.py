@@ -1,0 +1,1 @@
+"""Programs to start from: a trainer, its models and its checkpoints."""
