@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from protos.types import SHARE_ONE, Mixture
 
+_NOTHING = 2.0**-40
+"""A share so small is none; scaling it up would reach numbers that are not finite."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Bounds:
@@ -45,7 +48,7 @@ def within(shares: NDArray[np.float64], bounds: Bounds) -> Mixture:
     """
     low, high = bounds.low / SHARE_ONE, bounds.high / SHARE_ONE
     filled = low.copy()
-    has_part = shares > 0
+    has_part = shares > _NOTHING
     reach = np.where(has_part, high, low)
     if reach.sum() >= 1:
         filled[has_part] = _scale_into(

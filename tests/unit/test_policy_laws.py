@@ -1,0 +1,201 @@
+"""What every policy obeys, run over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from controller.policy.base import PolicyContext, Statistic
+from controller.policy.config import (
+    AcodmConfig,
+    NaturalConfig,
+    OdmConfig,
+    PolicyConfig,
+    ScheduleConfig,
+    SchedulePoint,
+    StaticConfig,
+    UniformConfig,
+)
+from controller.policy.registry import initial_mixture, make_policy
+from protos.types import Step
+from tests.fakes_policy import SimulatedRun, make_context, without
+from tests.laws import (
+    assert_changes_nothing,
+    assert_is_mixture,
+    assert_resumes_exactly,
+    assert_same_state,
+)
+
+SMALL = AcodmConfig(
+    width=16, depth=2, warmup_steps=5, batch_size=4, norm_layers=4, replay_capacity=9
+)
+
+POLICIES: dict[str, PolicyConfig] = {
+    "static": StaticConfig(mixture={"domain-0": 3}),
+    "natural": NaturalConfig(),
+    "uniform": UniformConfig(),
+    "schedule": ScheduleConfig(
+        points=(
+            SchedulePoint(step=0, mixture="natural"),
+            SchedulePoint(step=7, mixture={"domain-0": 1}),
+        )
+    ),
+    "odm": OdmConfig(warmup_steps=3),
+    "odm exp3": OdmConfig(warmup_steps=3, form="exp3"),
+    "acodm": SMALL,
+    "acodm scalar": SMALL.model_copy(
+        update={"critic": "scalar", "reward": "cosine", "reward_normalisation": "across_domains"}
+    ),
+    "acodm odm": SMALL.model_copy(
+        update={"warmup_acting": "odm", "reward": "paper", "importance": "paper"}
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=POLICIES, ids=str)
+def config(request: pytest.FixtureRequest) -> PolicyConfig:
+    return POLICIES[request.param]
+
+
+def run_of(context: PolicyContext, **settings: int) -> SimulatedRun:
+    return SimulatedRun(context=context, **settings)
+
+
+@pytest.mark.parametrize("num_domains", [1, 3, 30])
+def test_a_policy_proposes_mixtures(config: PolicyConfig, num_domains: int) -> None:
+    context = make_context(num_domains)
+    policy = make_policy(config, context)
+    floor = getattr(config, "floor", 0.0)
+    assert_is_mixture(policy.propose(Step(0)), num_domains, floor=floor)
+    for proposal in run_of(context).play(policy, range(15)):
+        assert_is_mixture(proposal, num_domains, floor=floor)
+
+
+def test_the_initial_mixture_is_the_first_proposal(config: PolicyConfig) -> None:
+    context = make_context()
+    proposal = make_policy(config, context).propose(Step(0))
+    assert initial_mixture(config, context) == tuple(proposal)
+
+
+def test_the_same_seed_gives_the_same_mixtures(config: PolicyConfig) -> None:
+    context = make_context()
+    first, second = make_policy(config, context), make_policy(config, context)
+    torch.manual_seed(1)
+    one = run_of(context).play(first, range(15))
+    torch.manual_seed(2)
+    assert run_of(context).play(second, range(15)) == one
+    assert_same_state(first.state(), second.state())
+
+
+def test_a_policy_leaves_the_global_generators_alone(config: PolicyConfig) -> None:
+    of_torch, of_numpy = torch.get_rng_state(), np.random.get_state()[1]
+    context = make_context()
+    run_of(context).play(make_policy(config, context), range(8))
+    assert torch.equal(torch.get_rng_state(), of_torch)
+    assert np.array_equal(np.random.get_state()[1], of_numpy)
+
+
+@pytest.mark.parametrize("probe_every", [1, 3])
+def test_saved_and_restored_anywhere_a_policy_goes_on_as_if_never_stopped(
+    config: PolicyConfig, probe_every: int, tmp_path: Path
+) -> None:
+    context = make_context()
+    run = run_of(context, probe_every=probe_every)
+    observations = [run.observation(step, (0.5, 0.25, 0.25)) for step in range(15)]
+    assert_resumes_exactly(
+        lambda: make_policy(config, context), observations, tmp_path / "policy.safetensors"
+    )
+
+
+@pytest.mark.parametrize(
+    "field", ["loss_sum", "alignment", "weight_norms", "update_norms", "planned"]
+)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("steps", [0, 12])
+def test_a_number_that_is_not_finite_changes_nothing(
+    config: PolicyConfig, field: str, number: float, steps: int
+) -> None:
+    context = make_context()
+    run = run_of(context)
+    policy = make_policy(config, context)
+    run.play(policy, range(steps))
+    observation = run.observation(steps, (0.5, 0.25, 0.25))
+    spoilt = np.array(getattr(observation, field))
+    spoilt.flat[0] = number
+    assert_changes_nothing(policy, replace(observation, **{field: spoilt}))
+
+
+def test_a_step_of_which_nothing_is_known_changes_nothing(config: PolicyConfig) -> None:
+    context = make_context()
+    run = run_of(context)
+    policy = make_policy(config, context)
+    run.play(policy, range(12))
+    observation = run.observation(12, (0.5, 0.25, 0.25))
+    for domain in range(3):
+        observation = without(observation, domain)
+    assert_changes_nothing(policy, observation)
+
+
+def test_a_domain_that_never_comes_harms_nothing(config: PolicyConfig) -> None:
+    context = make_context()
+    run = run_of(context)
+    policy = make_policy(config, context)
+    for step in range(15):
+        policy.observe(without(run.observation(step, (0.5, 0.25, 0.25)), 1))
+        assert_is_mixture(policy.propose(Step(step + 2)), 3)
+
+
+def test_a_policy_that_learns_asks_for_losses(config: PolicyConfig) -> None:
+    needs = make_policy(config, make_context()).needs
+    assert (Statistic.LOSS in needs) == (config.name in ("odm", "acodm"))
+    assert (Statistic.ALIGNMENT in needs) == (config.name == "acodm")
+
+
+@pytest.mark.parametrize("other", POLICIES, ids=str)
+def test_a_state_of_another_policy_is_refused(config: PolicyConfig, other: str) -> None:
+    context = make_context()
+    policy = make_policy(config, context)
+    state = make_policy(POLICIES[other], context).state()
+    if POLICIES[other] == config:
+        policy.restore(state)
+        return
+    with pytest.raises(ValueError, match="the state is of a policy with"):
+        policy.restore(state)
+
+
+def test_a_state_of_other_domains_is_refused(config: PolicyConfig) -> None:
+    state = make_policy(config, make_context(4)).state()
+    with pytest.raises(ValueError, match=r"domains .*domain-3.*, the run has"):
+        make_policy(config, make_context()).restore(state)
+
+
+def test_a_state_without_a_header_is_refused(config: PolicyConfig) -> None:
+    policy = make_policy(config, make_context())
+    state = policy.state()
+    with pytest.raises(ValueError, match="no header"):
+        policy.restore(replace(state, values={}))
+
+
+def test_a_returned_state_does_not_change_later(config: PolicyConfig) -> None:
+    context = make_context()
+    run = run_of(context)
+    policy = make_policy(config, context)
+    run.play(policy, range(6))
+    state = policy.state()
+    held = {name: array.copy() for name, array in state.arrays.items()}
+    run.play(policy, range(6, 12))
+    for name, array in held.items():
+        assert np.array_equal(state.arrays[name], array, equal_nan=True), name
