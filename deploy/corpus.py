@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import os
-import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -222,11 +221,3 @@ def _bounded(kind: _Kind, files: list[TextFile], max_domain_bytes: int) -> Itera
                 if num_bytes > max_domain_bytes:
                     return
                 yield part
-
-
-def fingerprint(files: list[TextFile], *, max_domain_bytes: int, min_documents: int) -> str:
-    """Hash what the corpus is made from: another set of packages makes another corpus."""
-    digest = hashlib.sha256(f"1 {sys.version} {max_domain_bytes} {min_documents}".encode())
-    for file in files:
-        digest.update(f"{file.name} {file.num_bytes}\n".encode())
-    return digest.hexdigest()

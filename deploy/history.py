@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ class Delivery:
         return (self.epoch, self.window, self.sequence)
 
 
-def read_deliveries(folder: Path) -> list[Delivery]:
-    """Return every line of every rank's log below `folder`.
+def read_deliveries(folder: Path, domains: Sequence[str]) -> list[Delivery]:
+    """Return every line of every rank's log in `folder`; `domains` are the run's, in order.
 
     Raises:
         DataError: there is no log, or a line is damaged.
@@ -47,26 +47,26 @@ def read_deliveries(folder: Path) -> list[Delivery]:
     paths = sorted(folder.glob(LOG_PATTERN))
     if not paths:
         raise DataError(f"{folder} holds no {LOG_PATTERN}: no trainer received anything yet")
-    return [delivery for path in paths for delivery in _read_log(path)]
+    return [delivery for path in paths for delivery in _read_log(path, domains)]
 
 
-def _read_log(path: Path) -> Iterator[Delivery]:
+def _read_log(path: Path, domains: Sequence[str]) -> Iterator[Delivery]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
                 return  # the rank was killed in mid-line: it never trained on this one
-            yield _parse(line, path, number)
+            yield _parse(line, path, number, domains)
 
 
-def _parse(line: bytes, path: Path, number: int) -> Delivery:
+def _parse(line: bytes, path: Path, number: int, domains: Sequence[str]) -> Delivery:
     try:
         row: dict[str, Any] = json.loads(line)
         return Delivery(
-            domain=str(row["domain"]),
+            domain=domains[int(row["domain"])],
             sha256=str(row["sha256"]),
             **{name: int(row[name]) for name in _INTEGERS},
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise DataError(
             f"{path}, line {number}: not a line of a delivery log: {error!r}"
         ) from error

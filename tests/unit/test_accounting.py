@@ -214,7 +214,8 @@ def write_logs(folder: Path, deliveries: list[Delivery]) -> None:
     for rank in range(2):
         half = GLOBAL_SEQUENCES // 2
         rows = [d for d in deliveries if d.slot // half == rank]
-        lines = [json.dumps({name: getattr(d, name) for name in names}) + "\n" for d in rows]
+        values = [{name: getattr(d, name) for name in names} for d in rows]
+        lines = [json.dumps({**v, "domain": DOMAINS.index(v["domain"])}) + "\n" for v in values]
         (folder / f"received.rank{rank}.jsonl").write_text("".join(lines))
 
 
@@ -223,7 +224,7 @@ def test_logs_are_read_back_as_they_were_and_a_torn_last_line_is_ignored(tmp_pat
     write_logs(tmp_path, deliveries)
     with (tmp_path / "received.rank1.jsonl").open("a") as file:
         file.write('{"generation": 1, "ste')
-    read = read_deliveries(tmp_path)
+    read = read_deliveries(tmp_path, DOMAINS)
     assert sorted(read, key=lambda d: (d.step, d.slot)) == deliveries
 
 
@@ -245,7 +246,7 @@ def test_a_log_that_is_not_there_or_damaged_is_named(
     (tmp_path / "received.rank1.jsonl").unlink()
     spoil(tmp_path / "received.rank0.jsonl")
     with pytest.raises(DataError, match=complaint):
-        read_deliveries(tmp_path)
+        read_deliveries(tmp_path, DOMAINS)
 
 
 def test_digests_do_not_tell_a_resumed_run_from_one_that_went_through(tmp_path: Path) -> None:

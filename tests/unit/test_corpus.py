@@ -10,7 +10,6 @@ from deploy.corpus import (
     MAX_DOCUMENT_CHARACTERS,
     build_corpus,
     docstrings,
-    fingerprint,
     installation_folders,
     list_files,
     read_text,
@@ -49,18 +48,6 @@ def test_the_same_files_make_the_same_corpus(folder: Path) -> None:
     first = build()
     assert first == build()
     assert [document.origin for document in first] != sorted(d.origin for d in first)
-
-
-def test_the_fingerprint_changes_with_a_file_and_with_a_bound(folder: Path) -> None:
-    def of(max_domain_bytes: int) -> str:
-        files = list_files({"here": folder})
-        return fingerprint(files, max_domain_bytes=max_domain_bytes, min_documents=2)
-
-    before = of(1000)
-    assert of(1000) == before
-    assert of(2000) != before
-    write(folder, "package/more.py", "more = 1\n" * 50)
-    assert of(1000) != before
 
 
 def test_duplicates_short_texts_and_bytes_that_are_no_text_are_left_out(folder: Path) -> None:

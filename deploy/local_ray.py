@@ -1,0 +1,88 @@
+"""A Ray of this run's own, on this machine, that leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[1]
+
+_OBJECT_STORE_BYTES = 80 << 20
+"""About the least that Ray takes; batches do not pass through it."""
+
+_MAX_SOCKET_PATH = 107
+"""Of a Unix socket, in bytes."""
+
+_SOCKET_SUFFIX = "/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Make a folder with a short name, as Ray puts sockets deep below it; remove it at the end."""
+    base = Path(tempfile.gettempdir())
+    if len(os.fsencode(base)) + len("/hr-12345678") + len(_SOCKET_SUFFIX) > _MAX_SOCKET_PATH:
+        base = Path("/tmp")
+    folder = Path(tempfile.mkdtemp(prefix="hr-", dir=base))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def python_path() -> str:
+    """Return PYTHONPATH for processes that must find this Headrace, installed or not."""
+    paths = [str(PACKAGE_ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return os.pathsep.join(path for path in dict.fromkeys(paths) if path)
+
+
+@contextmanager
+def local_ray(folder: Path, *, num_actors: int) -> Iterator[None]:
+    """Run a Ray for `num_actors` actors until the end of the block."""
+    environment = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's ports are open to whoever reaches this machine, and run what they are sent.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "PYTHONPATH": python_path(),
+    }
+    with _environment(environment):
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            # Logical: one for each actor, however few the machine has.
+            num_cpus=num_actors,
+            num_gpus=0,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(folder),
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    former = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in former.items():
+            if value is None:
+                with contextlib.suppress(KeyError):
+                    del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,166 @@
+"""What a local run needs before it starts: shards, a tokenizer, an index. Made once, then kept."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.corpus import build_corpus, installation_folders, list_files
+from deploy.documents import Document
+from deploy.pack import pack, partial_folder
+from deploy.progress import Progress
+from deploy.runfile import RUN_FILE, RunOptions, Settings, check, compose, write_run_file
+from deploy.sources import ShardDomain, TextDomain, find_domains
+from deploy.tokenizer import copy_tokenizer, train_tokenizer
+from protos.errors import ConfigError
+
+SHARDS = "shards"
+TOKENIZER = "tokenizer.json"
+
+CORPUS_DOMAIN_BYTES = 2 << 20
+"""Of text a domain, in the corpus that needs no data."""
+
+_SHARD_MB = 0.5
+"""Small, so that a corpus of megabytes still has several shards a domain."""
+
+_MIN_DOCUMENTS_A_LANE = 2
+
+
+def prepare_run(options: RunOptions, progress: Progress) -> Path:
+    """Return the run file of a run that is ready to start; make what is missing.
+
+    Raises:
+        ConfigError: the options are impossible, or the folder holds a run already.
+        DataError: the data or the tokenizer cannot be used.
+    """
+    run_file = options.out / RUN_FILE
+    if options.resume:
+        if not run_file.is_file():
+            raise ConfigError(f"{options.out} holds no run to resume: there is no {RUN_FILE} in it")
+        return run_file
+    if run_file.exists():
+        raise ConfigError(
+            f"{options.out} holds a run already: --resume goes on with it, --fresh moves it aside, "
+            "or name another --out"
+        )
+    settings = compose(options)
+    check(settings)
+    with _nothing_left_behind(options.out):
+        settings["data"] = _data_section(options, settings, progress)
+        return write_run_file(settings, options.out)
+
+
+@contextmanager
+def _nothing_left_behind(out: Path) -> Iterator[None]:
+    """Remove what was made, if it does not become a run."""
+    held = {path for path in (out, out / SHARDS, out / TOKENIZER) if path.exists()}
+    # Nobody but a harness that was killed while packing leaves this name here.
+    shutil.rmtree(partial_folder(out / SHARDS), ignore_errors=True)
+    try:
+        yield
+    except BaseException:
+        if out / SHARDS not in held:
+            shutil.rmtree(out / SHARDS, ignore_errors=True)
+        if out / TOKENIZER not in held:
+            (out / TOKENIZER).unlink(missing_ok=True)
+        if out not in held and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        raise
+
+
+def move_aside(out: Path) -> Path | None:
+    """Rename a folder that holds a run to a free name; return it, or None if there is none."""
+    if not (out / RUN_FILE).exists():
+        return None
+    number = 1
+    while (aside := out.with_name(f"{out.name}.{number}")).exists():
+        number += 1
+    out.rename(aside)
+    return aside
+
+
+def _data_section(options: RunOptions, settings: Settings, progress: Progress) -> Settings:
+    given: Settings = dict(settings.get("data", {}))
+    out = options.out.resolve()
+    text_field = given.get("text_field", "text")
+    prepared = _Prepared({}, {})
+    if "domains" not in given:
+        if options.data is not None:
+            prepared = _from_folder(options.data, out, text_field, progress)
+        else:
+            prepared = _from_installation(out, settings["batch"]["lanes"], progress)
+        given["domains"] = prepared.domains
+    elif options.data is not None:
+        raise ConfigError("the run file has data.domains already; leave out --data or those")
+    given.setdefault("index", str(out / "index.parquet"))
+    tokenizer = out / TOKENIZER
+    if options.tokenizer is not None:
+        copy_tokenizer(options.tokenizer, tokenizer)
+        given["tokenizer"] = str(tokenizer)
+    elif "tokenizer" not in given and "vocab_size" not in given:
+        if not prepared.texts:
+            raise ConfigError("data that is packed already needs a tokenizer: give --tokenizer")
+        with progress.stage("training a tokenizer"):
+            train_tokenizer(prepared.texts, tokenizer)
+        given["tokenizer"] = str(tokenizer)
+    return given
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    domains: dict[str, Any]
+    """As the run file has them."""
+
+    texts: Mapping[str, Iterable[Document]]
+    """To train a tokenizer on; empty if there is no text at hand."""
+
+
+class _Again:
+    """A domain's documents, read anew each time."""
+
+    def __init__(self, domain: TextDomain, text_field: str) -> None:
+        self._domain = domain
+        self._text_field = text_field
+
+    def __iter__(self) -> Any:
+        return self._domain.documents(text_field=self._text_field)
+
+
+def _from_folder(folder: Path, out: Path, text_field: str, progress: Progress) -> _Prepared:
+    found = find_domains(folder)
+    texts = {
+        name: _Again(domain, text_field)
+        for name, domain in found.items()
+        if isinstance(domain, TextDomain)
+    }
+    shards = out / SHARDS
+    if texts:
+        with progress.stage(f"packing {len(texts)} domains of {folder}"):
+            pack(texts, shards, shard_mb=_SHARD_MB)
+    domains = {
+        name: {
+            "shards": [str(path.resolve()) for path in domain.shards]
+            if isinstance(domain, ShardDomain)
+            else [str(shards / name / "*.tar")]
+        }
+        for name, domain in found.items()
+    }
+    return _Prepared(domains, texts)
+
+
+def _from_installation(out: Path, lanes: int, progress: Progress) -> _Prepared:
+    min_documents = _MIN_DOCUMENTS_A_LANE * lanes
+    with progress.stage("building a corpus from this Python installation"):
+        files = list_files(installation_folders())
+        texts = build_corpus(
+            files, max_domain_bytes=CORPUS_DOMAIN_BYTES, min_documents=min_documents
+        )
+        if not texts:
+            raise ConfigError("this Python installation holds too little text; give --data")
+        pack(texts, out / SHARDS, shard_mb=_SHARD_MB)
+    domains = {name: {"shards": [str(out / SHARDS / name / "*.tar")]} for name in texts}
+    return _Prepared(domains, texts)

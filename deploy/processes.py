@@ -1,0 +1,156 @@
+"""Processes that the harness starts: each ends when the harness does, whatever it was doing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+TERMINATE_GRACE_S = 10.0
+"""How long a process has to end by itself before it is killed."""
+
+_POLL_S = 0.05
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM as an event: the first asks to stop, a second one to hurry.
+
+    Python's own handlers are put back on leaving.
+    """
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._hurry = threading.Event()
+        self._former: dict[int, object] = {}
+        self.signal: int | None = None
+
+    def __enter__(self) -> StopSignals:
+        self.install()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def install(self) -> None:
+        """Take the signals; again, if a library has taken them meanwhile, as `ray.init` does."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            former = signal.signal(number, self._handle)
+            self._former.setdefault(number, former)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked.is_set():
+            self._hurry.set()
+        self.signal = number
+        self._asked.set()
+
+    @property
+    def asked(self) -> bool:
+        """Somebody wants the run to stop."""
+        return self._asked.is_set()
+
+    @property
+    def hurry(self) -> bool:
+        """Somebody asked twice."""
+        return self._hurry.is_set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until somebody asks to stop; say whether they did."""
+        return self._asked.wait(timeout_s)
+
+
+class ChildProcess:
+    """A program in a process group of its own, with its output in a file."""
+
+    def __init__(self, command: Sequence[str], *, log: Path, env: Mapping[str, str]) -> None:
+        self.log = log
+        self._family: dict[int, int] = {}
+        self._log_start = log.stat().st_size if log.exists() else 0
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            # A session of its own: Ctrl-C in the terminal reaches the harness alone, which then
+            # ends the trainer before what the trainer depends on.
+            self._process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(env),
+                start_new_session=True,
+            )
+
+    def poll(self) -> int | None:
+        """Return the exit status; None while it runs."""
+        # Remembered while they can be found: were the program killed, its children would be
+        # nobody's.
+        self._family |= descendants(self._process.pid)
+        return self._process.poll()
+
+    def stop(self, stop: StopSignals, *, grace_s: float = TERMINATE_GRACE_S) -> None:
+        """End the process and everything that it started; kill what does not end in time."""
+        if self.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        while self._process.poll() is None and time.monotonic() < deadline and not stop.hurry:
+            self._family |= descendants(self._process.pid)
+            time.sleep(_POLL_S)
+        # Ranks have sessions of their own, so a group's signal would not reach them.
+        for pid, started in self._family.items():
+            if _start_time(pid) == started:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+
+    def last_lines(self, num_lines: int = 20) -> list[str]:
+        """Return the end of what the program wrote."""
+        with self.log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(self._log_start, size - 64_000))
+            return file.read().decode("utf-8", "replace").splitlines()[-num_lines:]
+
+
+def descendants(pid: int) -> dict[int, int]:
+    """Return the processes below `pid`, with start times: a number may be given anew."""
+    parents: dict[int, list[int]] = {}
+    for child, parent in _processes():
+        parents.setdefault(parent, []).append(child)
+    found: dict[int, int] = {}
+    waiting = [pid]
+    while waiting:
+        for child in parents.get(waiting.pop(), []):
+            started = _start_time(child)
+            if started is not None and child not in found:
+                found[child] = started
+                waiting.append(child)
+    return found
+
+
+def _processes() -> Iterator[tuple[int, int]]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            fields = _stat_fields(int(entry.name))
+            if fields is not None:
+                yield int(entry.name), int(fields[1])
+
+
+def _start_time(pid: int) -> int | None:
+    fields = _stat_fields(pid)
+    return None if fields is None else int(fields[19])
+
+
+def _stat_fields(pid: int) -> list[str] | None:
+    """Return the fields of /proc/PID/stat from the third on; None: there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The name, in parentheses, may hold spaces and parentheses itself.
+    return text[text.rindex(")") + 2 :].split()

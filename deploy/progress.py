@@ -1,0 +1,157 @@
+"""How a run goes, live: a table in a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from protos.types import RunStatus
+
+LINE_EVERY_S = 5.0
+_BAR_CELLS = 24
+
+
+class Progress:
+    """Shows statuses and says what happens; one for the whole of a run."""
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        line_every_s: float = LINE_EVERY_S,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console
+        self._line_every_s = line_every_s
+        self._now = now
+        self._last_line_s = -math.inf
+        self._live: Live | None = None
+        self._alive_workers: frozenset[str] = frozenset()
+        self._last_status: RunStatus | None = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.end_live()
+
+    def say(self, text: str) -> None:
+        """Print a line of its own."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def stage(self, what: str) -> Iterator[None]:
+        """Say what is being done, and how long it took."""
+        if self._console.is_terminal:
+            with self._console.status(what):
+                started = self._now()
+                yield
+        else:
+            started = self._now()
+            yield
+        self.say(f"{what}: {self._now() - started:.1f} s")
+
+    def show(self, status: RunStatus) -> None:
+        """Show how the run stands, and say which workers came and went."""
+        self._say_changes(status)
+        self._last_status = status
+        if self._console.is_terminal:
+            if self._live is None:
+                self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+                self._live.start()
+            self._live.update(status_panel(status))
+        elif self._now() - self._last_line_s >= self._line_every_s:
+            self._last_line_s = self._now()
+            self.say(status_line(status))
+
+    def end_live(self) -> None:
+        """Leave the screen to what comes next."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if self._last_status is not None:
+            self.say(status_line(self._last_status))
+            self._last_status = None
+
+    def _say_changes(self, status: RunStatus) -> None:
+        alive = frozenset(worker.worker_id for worker in status.workers if worker.alive)
+        for lost in sorted(self._alive_workers - alive):
+            self.say(f"loader worker {lost} is gone; the others take over its lanes")
+        if self._alive_workers:
+            for new in sorted(alive - self._alive_workers):
+                self.say(f"loader worker {new} has come")
+        self._alive_workers = alive
+
+
+def status_line(status: RunStatus) -> str:
+    """Return a status in a line."""
+    mixture = " ".join(
+        f"{domain} {share:.0%}"
+        for domain, share in zip(status.domains, status.mixture.shares, strict=True)
+    )
+    losses = [loss for loss in status.loss if math.isfinite(loss)]
+    loss = f"{sum(losses) / len(losses):.3f}" if losses else "-"
+    return (
+        f"step {_steps_done(status)}/{status.num_steps} · {status.policy} {status.policy_phase}"
+        f" · loss {loss} · {status.tokens_per_s:,.0f} tokens/s · {mixture}"
+    )
+
+
+def status_panel(status: RunStatus) -> Group:
+    """Return a status as a table with a bar for each domain."""
+    head = Text.assemble(
+        (f" {status.run_id} ", "bold"),
+        f" step {_steps_done(status)}/{status.num_steps}   ",
+        (f"{status.policy}: {status.policy_phase}", "cyan"),
+        f"   {status.tokens_per_s:,.0f} tokens/s   {status.tokens:,} tokens   ",
+        f"data wait {status.data_wait_share:.1%}",
+    )
+    domains = Table(box=None, pad_edge=False, padding=(0, 2, 0, 1))
+    domains.add_column("domain")
+    domains.add_column("share", justify="right")
+    domains.add_column("", width=_BAR_CELLS)
+    domains.add_column("loss", justify="right")
+    largest = max(status.mixture.shares)
+    for domain, share, loss in zip(status.domains, status.mixture.shares, status.loss, strict=True):
+        bar = "█" * round(_BAR_CELLS * share / largest)
+        shown = f"{loss:.3f}" if math.isfinite(loss) else "-"
+        domains.add_row(domain, f"{share:.1%}", Text(bar, style="green"), shown)
+    return Group(head, domains, _workers_line(status))
+
+
+def _workers_line(status: RunStatus) -> Text:
+    line = Text(" ")
+    for worker in status.workers:
+        style = "green" if worker.alive else "red"
+        lanes = ",".join(map(str, worker.lanes))
+        line.append(f"● {worker.worker_id} ", style=style)
+        line.append(f"lanes {lanes or 'none'}  {worker.sequences_served:,} sequences   ")
+    trouble = {
+        "degraded steps": status.degraded_steps,
+        "missing reports": status.missing_reports,
+        "held decisions": status.held_decisions,
+        "quarantined": len(status.quarantines),
+    }
+    for name, number in trouble.items():
+        if number:
+            line.append(f"{name}: {number}   ", style="yellow")
+    if status.frozen:
+        line.append("mixture held by an operator", style="yellow")
+    return line
+
+
+def _steps_done(status: RunStatus) -> int:
+    return min(status.observed_step + 1, status.num_steps)

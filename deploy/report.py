@@ -1,0 +1,230 @@
+"""What a run came to: report.json, a short table, digests and plots, from what is on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from controller.config import RunConfig, load_run_file
+from deploy.accounting import Account, Obedience, account_for, check_plans
+from deploy.dataset import ShardOrder, open_dataset
+from deploy.history import History, read_deliveries, trained_history, write_digests
+from deploy.record import LEDGER, RunRecord, read_record
+from deploy.runfile import RUN_FILE
+from protos.types import RunStatus
+
+REPORT = "report.json"
+DIGESTS = "digests.jsonl"
+RECEIVED = "received"
+"""Folder of the delivery logs."""
+
+_EDGE_STEPS = 0.05
+"""Share of the steps over which the first and last losses are averaged."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Findings:
+    """A run's folder, read and checked."""
+
+    config: RunConfig
+    record: RunRecord
+    history: History
+    account: Account
+    obedience: Obedience
+
+    @property
+    def clean(self) -> bool:
+        """Everything was delivered once, as it should be, and as planned."""
+        return self.account.clean and self.obedience.plans_obeyed
+
+
+def examine(out: Path) -> Findings:
+    """Read a run's folder and hold what the trainers received against plans and shards.
+
+    Raises:
+        HeadraceError: something that belongs there is missing or damaged.
+    """
+    config = load_run_file(out / RUN_FILE)
+    record = read_record(out / LEDGER)
+    dataset = open_dataset(config)
+    spec = dataset.spec
+    history = trained_history(
+        read_deliveries(out / RECEIVED, spec.domains), global_sequences=spec.global_sequences
+    )
+    return Findings(
+        config=config,
+        record=record,
+        history=history,
+        account=account_for(history, ShardOrder(dataset)),
+        obedience=check_plans(
+            history,
+            record.plans,
+            domains=spec.domains,
+            global_sequences=spec.global_sequences,
+        ),
+    )
+
+
+def make_report(
+    findings: Findings, *, ranks: int, model: str, wall_s: float, status: RunStatus | None
+) -> dict[str, Any]:
+    """Return what report.json holds; `status` is the controller's last word, if there was one."""
+    config, record = findings.config, findings.record
+    tokens = record.tokens()
+    domains = tuple(config.data.domains)
+    last_plan = record.plans[-1] if record.plans else None
+    return {
+        "run": config.run,
+        "policy": config.policy.name,
+        "policy_phase": status.policy_phase if status else None,
+        "steps": len(findings.history.steps),
+        "planned_steps": config.steps,
+        "ranks": ranks,
+        "workers": config.workers.count,
+        "model": model,
+        "tokens": tokens,
+        "wall_s": round(wall_s, 3),
+        "tokens_per_s": round(tokens / wall_s, 1) if wall_s > 0 else None,
+        "domains": _domains(findings),
+        **checks(findings),
+        "plan_versions": len(record.plans),
+        **_timing(record, status),
+        "generations": record.num_generations,
+        "quarantined": len(record.quarantines),
+        "final_mixture": dict(zip(domains, last_plan.mixture.shares, strict=True))
+        if last_plan
+        else None,
+    }
+
+
+def checks(findings: Findings) -> dict[str, Any]:
+    """Return the outcome of the accounting, as in report.json."""
+    account, obedience = findings.account, findings.obedience
+    return {
+        "sequences": account.num_sequences,
+        "lost": account.lost,
+        "duplicated": account.duplicated,
+        "mismatched": account.mismatched,
+        "misordered": account.misordered,
+        "superseded": findings.history.num_superseded,
+        "unfinished_steps": len(findings.history.unfinished_steps),
+        "max_share_error_sequences": obedience.max_share_error_sequences,
+        "plans_obeyed": obedience.plans_obeyed,
+        "disobeyed_steps": list(obedience.disobeyed_steps),
+        "faults": account.faults,
+    }
+
+
+def _domains(findings: Findings) -> dict[str, dict[str, Any]]:
+    obedience = findings.obedience
+    _, losses = findings.record.loss()
+    edge = max(int(len(losses) * _EDGE_STEPS), 1)
+    return {
+        name: {
+            "planned_sequences": obedience.planned_sequences[name],
+            "delivered_sequences": obedience.delivered_sequences[name],
+            "loss_first": _mean(losses[:edge, index]) if len(losses) else None,
+            "loss_last": _mean(losses[-edge:, index]) if len(losses) else None,
+        }
+        for index, name in enumerate(findings.config.data.domains)
+    }
+
+
+def _mean(losses: np.ndarray[Any, np.dtype[np.float64]]) -> float | None:
+    """Return the mean of the losses that there are; None: the domain had none in these steps."""
+    seen = losses[np.isfinite(losses)]
+    return round(float(seen.mean()), 4) if len(seen) else None
+
+
+def _timing(record: RunRecord, status: RunStatus | None) -> dict[str, Any]:
+    totals: Mapping[str, Any] = record.totals
+    step_s = totals.get("step_s", 0.0)
+    decision_ms = None
+    if status is not None and math.isfinite(status.decision_ms_p50):
+        p50, p99 = status.decision_ms_p50, status.decision_ms_p99
+        decision_ms = {"p50": round(p50, 2), "p99": round(p99, 2)}
+    return {
+        "decision_ms": decision_ms,
+        "mixture_lag_steps": record.mixture_lag_steps(),
+        "data_wait_share": _share(totals.get("data_wait_s", 0.0), step_s),
+        "probe_share": _share(totals.get("probe_s", 0.0), step_s),
+        "degraded_steps": totals.get("degraded_steps", 0),
+        "missing_reports": totals.get("missing_reports", 0),
+        "held_decisions": totals.get("held_decisions", 0),
+    }
+
+
+def _share(part: float, whole: float) -> float | None:
+    return round(part / whole, 5) if whole > 0 else None
+
+
+def write_report(report: Mapping[str, Any], out: Path) -> Path:
+    """Write report.json in one move."""
+    path = out / REPORT
+    partial = path.with_name(REPORT + ".partial")
+    partial.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def write_run_digests(findings: Findings, out: Path) -> Path:
+    """Write digests.jsonl."""
+    path = out / DIGESTS
+    write_digests(findings.history, path)
+    return path
+
+
+def print_report(report: Mapping[str, Any], console: Console) -> None:
+    """Print the report as two short tables."""
+    table = Table(title=f"{report['run']}: {report['policy']}", title_justify="left")
+    table.add_column("domain")
+    for name in ("planned", "delivered", "loss first", "loss last", "final share"):
+        table.add_column(name, justify="right")
+    final = report["final_mixture"] or {}
+    for name, domain in report["domains"].items():
+        table.add_row(
+            name,
+            f"{domain['planned_sequences']:,}",
+            f"{domain['delivered_sequences']:,}",
+            _number(domain["loss_first"], ".3f"),
+            _number(domain["loss_last"], ".3f"),
+            _number(final.get(name), ".1%"),
+        )
+    console.print(table)
+    for line in summary_lines(report):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def summary_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return the rest of the report in a few lines."""
+    decision = report["decision_ms"] or {}
+    return [
+        f"steps {report['steps']} of {report['planned_steps']}, {report['tokens']:,} tokens in "
+        f"{report['wall_s']:.1f} s ({_number(report['tokens_per_s'], ',.0f')} tokens/s), "
+        f"{report['ranks']} ranks, {report['workers']} workers",
+        f"plans {report['plan_versions']}, all obeyed from their first step: "
+        f"{'yes' if report['plans_obeyed'] else 'NO'}; largest share error "
+        f"{report['max_share_error_sequences']:.3f} sequences",
+        f"of {report['sequences']:,} sequences lost {report['lost']}, duplicated "
+        f"{report['duplicated']}, mismatched {report['mismatched']}, misordered "
+        f"{report['misordered']}; quarantined {report['quarantined']}",
+        f"decisions {_number(decision.get('p50'), '.1f')} ms (p99 "
+        f"{_number(decision.get('p99'), '.1f')} ms), obeyed after "
+        f"{report['mixture_lag_steps']} steps; data wait "
+        f"{_number(report['data_wait_share'], '.2%')} and probe "
+        f"{_number(report['probe_share'], '.2%')} of step time; degraded steps "
+        f"{report['degraded_steps']}",
+        *(f"  {fault}" for fault in report["faults"]),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
