@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
@@ -16,6 +17,9 @@ T = TypeVar("T")
 
 NOW = 0
 """The distance of what somebody waits for."""
+
+_CLOSE_WAIT_S = 2.0
+"""How long closing waits for builds that are running."""
 
 
 class BuildPool(Generic[T]):
@@ -65,30 +69,42 @@ class BuildPool(Generic[T]):
                     continue
                 build, future = self._waiting.pop(key)
                 self._running[key] = future
-            try:
-                result = build()
-            except BaseException as error:
-                with self._wake:
-                    del self._running[key]
-                future.set_exception(error)
-            else:
-                with self._wake:
-                    del self._running[key]
-                future.set_result(result)
-                del result
+            self._settle(key, future, build)
             del future, build
 
+    def _settle(self, key: str, future: Future[T], build: Callable[[], T]) -> None:
+        error: BaseException | None = None
+        try:
+            result = build()
+        except BaseException as raised:
+            error = raised
+        with self._wake:
+            # `close` has answered it already, and forgotten it.
+            if self._running.pop(key, None) is None:
+                return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
     def close(self) -> None:
-        """Start nothing more; those who wait for a queued build get `NotReady`. Idempotent."""
+        """Start nothing more; those who wait for a build get `NotReady`. Idempotent.
+
+        A build that is running goes on to its end if the process lives, and nobody waits for it
+        longer than `_CLOSE_WAIT_S`.
+        """
         with self._wake:
             self._closed = True
             abandoned = [future for _, future in self._waiting.values()]
+            abandoned += self._running.values()
             self._waiting.clear()
+            self._running.clear()
             self._wake.notify_all()
         for future in abandoned:
             future.set_exception(NotReady("the loader worker is stopping; ask another"))
+        deadline = time.monotonic() + _CLOSE_WAIT_S
         for thread in self._threads:
-            thread.join()
+            thread.join(max(deadline - time.monotonic(), 0.0))
 
     def __enter__(self) -> BuildPool[T]:
         return self

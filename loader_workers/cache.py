@@ -69,6 +69,7 @@ class ShardCache:
         self._quarantines: dict[tuple[str, str, int], Quarantine] = {}
         self._pool: BuildPool[TokenShard] = BuildPool(threads=threads)
         self._remove_leftovers()
+        self._num_bytes = sum(size for _, size, _ in self._files())
 
     def get(self, shard: ShardRef) -> TokenShard:
         """Return a shard's tokens, building them now if they are not there.
@@ -97,8 +98,8 @@ class ShardCache:
             return tuple(self._quarantines.values())
 
     def num_bytes(self) -> int:
-        """Return how much the folder holds."""
-        return sum(size for _, size, _ in self._files())
+        """Return how much the folder held when something was last built here."""
+        return self._num_bytes
 
     def close(self) -> None:
         """Stop building; idempotent. Shards handed out stay good."""
@@ -209,12 +210,13 @@ class ShardCache:
         with (self._locks / "evict").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             files = self._files()
-            excess = sum(size for _, size, _ in files) - self._budget_bytes
+            held = sum(size for _, size, _ in files)
             for _, size, path in files:
-                if excess <= 0:
-                    return
+                if held <= self._budget_bytes:
+                    break
                 if _remove_if_unused(path):
-                    excess -= size
+                    held -= size
+            self._num_bytes = held
 
     def _remove_leftovers(self) -> None:
         """Remove what killed writers left: their locks are free."""

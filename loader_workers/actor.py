@@ -1,0 +1,45 @@
+"""A loader worker as a Ray actor. Ray places, watches and ends it; no data goes through Ray."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import ExitStack
+
+import ray
+
+from loader_workers.worker import Worker, WorkerSettings, WorkerStats
+
+
+@ray.remote
+class LoaderActor:
+    """One loader worker in a process of Ray's."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        # One thread a shard: `settings.threads` alone says how many cores tokenizing may take.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self._stop = threading.Event()
+        self._worker = Worker(settings, stop=self._stop)
+        self._stack = ExitStack()
+
+    def start(self, timeout_s: float = 60.0) -> str:
+        """Serve; return the endpoint once the controller has said what the run is.
+
+        Raises:
+            NotReady: the controller did not answer in time.
+            HeadraceError: what the worker cannot work with.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._worker)
+            self._worker.wait_ready(timeout_s=timeout_s)
+            self._stack = stack.pop_all()
+        return self._worker.endpoint
+
+    def stats(self) -> WorkerStats:
+        """Return how the worker stands."""
+        return self._worker.stats()
+
+    def stop(self) -> None:
+        """Stop serving; idempotent."""
+        self._stop.set()
+        self._stack.close()

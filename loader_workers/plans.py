@@ -1,0 +1,193 @@
+"""The plans that a worker heard of, and the wait until a step may be composed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protos.errors import NotReady, StaleGeneration
+from protos.planbook import PlanBook
+from protos.slots import lane_counts
+from protos.types import Generation, Lane, PlanEvent, RunSpec, Step
+
+logger = logging.getLogger(__name__)
+
+GENERATION_WAIT_S = 5.0
+"""How long a stream of a generation that is not heard of yet waits for word of it."""
+
+_LONGEST_WAIT_S = 1.0
+"""Waits are cut into pieces of this length, to look at the clock."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Turn:
+    """A step that may be composed now."""
+
+    plan_version: int
+    counts: NDArray[np.int64]
+    """[domains]"""
+
+    wanted: list[int]
+    """Domains with a share above 0, largest share first."""
+
+    degraded: bool
+
+
+class PlanBoard:
+    """Plans and seals of the newest generation. `changed` guards this and the streams' states.
+
+    caller   call             waits for                                   woken by
+    stream   wait_generation  word of its generation, `GENERATION_WAIT_S` hear, close
+    stream   wait_turn        a credit and a seal (or a long silence)     hear, close, its rank
+    session  hear             never                                       -
+    """
+
+    def __init__(self, spec: RunSpec, *, now: Callable[[], float] = time.monotonic) -> None:
+        self.changed = threading.Condition()
+        self._spec = spec
+        self._now = now
+        self._book = PlanBook(global_sequences=spec.global_sequences)
+        self._heard_at = now()
+        self._closed = False
+        self.generation = Generation(0)
+
+    @property
+    def sealed_through(self) -> int:
+        """The last step whose plan is final; -1: none."""
+        return self._book.sealed_through
+
+    def hear(self, event: PlanEvent) -> None:
+        """Take in what the controller says; an empty event says that it lives.
+
+        Raises:
+            InvalidMessage: the plans do not lead to one another.
+        """
+        with self.changed:
+            self._heard_at = self._now()
+            if event.generation < self.generation:
+                logger.warning(
+                    "ignored plans of generation %d, after %d", event.generation, self.generation
+                )
+                return
+            if event.reset:
+                self._book = PlanBook(global_sequences=self._spec.global_sequences)
+                self.generation = event.generation
+            elif event.generation != self.generation:
+                # Without the plans from its start a generation cannot be composed.
+                return
+            for plan in event.plans:
+                self._book.add(plan)
+            self._book.sealed_through = max(self._book.sealed_through, event.sealed_through)
+            self.changed.notify_all()
+
+    def wait_generation(self, generation: Generation) -> None:
+        """Wait until the newest generation is `generation`.
+
+        Raises:
+            StaleGeneration: a newer one has begun.
+            NotReady: it is not heard of in time, or the worker is stopping.
+        """
+        with self.changed:
+            self.changed.wait_for(
+                lambda: self._closed or self.generation >= generation, GENERATION_WAIT_S
+            )
+            self._check_generation(generation)
+            if self.generation < generation:
+                raise NotReady(
+                    f"this worker has not heard of generation {generation} yet, only of "
+                    f"{self.generation}; ask again"
+                )
+
+    def wait_turn(
+        self,
+        step: Step,
+        generation: Generation,
+        *,
+        may_send: Callable[[], bool | None],
+        is_needed: Callable[[], bool],
+    ) -> Turn | None:
+        """Wait until a step may be composed, and return its counts.
+
+        Args:
+            step: the step to compose.
+            generation: the stream's.
+            may_send: whether the stream has a credit; None when its rank is gone.
+            is_needed: whether the rank waits for this very step.
+
+        Returns:
+            None when the rank is gone.
+
+        Raises:
+            StaleGeneration: a newer generation has begun.
+            NotReady: the worker is stopping.
+            InvalidMessage: no plan that is held reaches back to the step.
+        """
+        with self.changed:
+            while True:
+                credit = may_send()
+                if credit is None:
+                    return None
+                self._check_generation(generation)
+                if credit and step <= self.sealed_through:
+                    return self._turn(step, degraded=False)
+                silence_s = self._now() - self._heard_at
+                wait_s = _LONGEST_WAIT_S
+                if credit and is_needed():
+                    if silence_s >= self._spec.degraded_after_s:
+                        return self._turn(step, degraded=True)
+                    wait_s = min(wait_s, self._spec.degraded_after_s - silence_s)
+                self.changed.wait(wait_s)
+
+    def lane_totals(
+        self, lane_steps: Mapping[Lane, Step], end: Step
+    ) -> dict[Lane, NDArray[np.int64]]:
+        """Return how many sequences of each domain each lane uses from its step up to `end`.
+
+        Raises:
+            InvalidMessage: no plan that is held reaches back to one of the steps.
+        """
+        spec = self._spec
+        totals = {lane: np.zeros(spec.num_domains, dtype=np.int64) for lane in lane_steps}
+        with self.changed:
+            for step in range(min(lane_steps.values()), end):
+                counts = lane_counts(
+                    self._book.counts(Step(step)),
+                    lanes=spec.lanes,
+                    seed=spec.seed,
+                    step=Step(step),
+                )
+                for lane, first in lane_steps.items():
+                    if step >= first:
+                        totals[lane] += counts[lane]
+        return totals
+
+    def close(self) -> None:
+        """Send all who wait away with `NotReady`; idempotent."""
+        with self.changed:
+            self._closed = True
+            self.changed.notify_all()
+
+    def _check_generation(self, generation: Generation) -> None:
+        if self._closed:
+            raise NotReady("the loader worker is stopping; ask another")
+        if self.generation > generation:
+            raise StaleGeneration(
+                f"generation {generation} has ended, {self.generation} is the newest; join again"
+            )
+
+    def _turn(self, step: Step, *, degraded: bool) -> Turn:
+        plan = self._book.plan_at(step)
+        shares = plan.mixture.shares_q32
+        wanted = [domain for domain, share in enumerate(shares) if share]
+        return Turn(
+            plan_version=plan.version,
+            counts=self._book.counts(step),
+            wanted=sorted(wanted, key=lambda domain: -shares[domain]),
+            degraded=degraded,
+        )

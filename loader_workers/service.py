@@ -1,0 +1,245 @@
+"""The data service: streams of lane batches, composed as soon as their step is sealed."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from loader_workers.composer import Composer
+from loader_workers.plans import PlanBoard
+from loader_workers.source import WindowSource
+from protos.errors import InvalidMessage, NotReady, WrongRun
+from protos.types import Credit, OpenStream, PlanEvent, RunSpec, Step, StepBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """What a worker says of its streams in its beats."""
+
+    generation: int = 0
+    needed_step: int = -1
+    composed_through: int = -1
+    degraded_steps: int = 0
+    stall_s: float = 0.0
+    sequences_served: int = 0
+    open_streams: int = 0
+
+
+class _Listener:
+    """What one stream's rank said: credits, and the step that it waits for.
+
+    Its state is guarded by the condition that the stream's turns wait on.
+    """
+
+    def __init__(self, changed: threading.Condition, opening: OpenStream) -> None:
+        self._changed = changed
+        self._credits = opening.credits
+        self._gone = False
+        self.needed_step = -1
+        self.needed_since = 0.0
+
+    def listen(self, credits: Iterator[Credit], now: Callable[[], float]) -> None:
+        """Take in credits until the rank is gone."""
+        try:
+            for credit in credits:
+                with self._changed:
+                    self._credits += credit.steps
+                    if credit.needed_step != self.needed_step:
+                        self.needed_step, self.needed_since = credit.needed_step, now()
+                    self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._gone = True
+                self._changed.notify_all()
+
+    def may_send(self) -> bool | None:
+        """Say whether there is a credit; None: the rank is gone."""
+        return None if self._gone else self._credits > 0
+
+    def spend(self) -> None:
+        """Take one credit for a step that is about to be sent."""
+        with self._changed:
+            self._credits -= 1
+
+
+class LoaderService:
+    """Serves lanes to ranks. Holds nothing of a stream that its cursors do not bring back.
+
+    Before `configure` it answers `NotReady`: its address must be known before the run is.
+    """
+
+    def __init__(self, *, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._lock = threading.Lock()
+        self._run: tuple[WindowSource, PlanBoard] | None = None
+        self._listeners: set[_Listener] = set()
+        self._figures = Figures()
+        self._degraded: set[Step] = set()
+        self._stopped = False
+
+    def configure(self, source: WindowSource) -> None:
+        """Say which run is served, from where."""
+        with self._lock:
+            self._run = (source, PlanBoard(source.spec, now=self._now))
+
+    def hear(self, event: PlanEvent) -> None:
+        """Take in plans and seals.
+
+        Raises:
+            NotReady: before `configure`.
+            InvalidMessage: the plans do not lead to one another.
+        """
+        board = self._configured()[1]
+        with self._lock:
+            if event.generation > board.generation:
+                self._figures = dataclasses.replace(self._figures, composed_through=-1)
+        board.hear(event)
+
+    def figures(self) -> Figures:
+        """Return what a beat says of the streams."""
+        with self._lock:
+            run, listeners = self._run, list(self._listeners)
+        if run is None:
+            return self._figures
+        board = run[1]
+        with board.changed:
+            sealed = board.sealed_through
+            waiting = [each.needed_step for each in listeners if each.needed_step > sealed]
+        with self._lock:
+            return dataclasses.replace(
+                self._figures,
+                generation=board.generation,
+                needed_step=min(waiting, default=-1),
+                degraded_steps=len(self._degraded),
+                open_streams=len(listeners),
+            )
+
+    def stop(self) -> None:
+        """End all streams with `NotReady`; idempotent."""
+        with self._lock:
+            self._stopped = True
+            run = self._run
+        if run is not None:
+            run[1].close()
+
+    def stream_batches(self, opening: OpenStream, credits: Iterator[Credit]) -> Iterator[StepBatch]:
+        """Yield the batches of some lanes, step by step; see `protos.services.DataService`."""
+        source, board = self._configured()
+        check_opening(opening, source.spec)
+        board.wait_generation(opening.generation)
+        listener = _Listener(board.changed, opening)
+        composer = Composer(
+            source, opening.cursors, first_slot=opening.first_slot, end_slot=opening.end_slot
+        )
+        threading.Thread(
+            target=listener.listen, args=(credits, self._now), name="credits", daemon=True
+        ).start()
+        with self._lock:
+            self._listeners.add(listener)
+        try:
+            yield from self._batches(opening, board, listener, composer)
+        finally:
+            with self._lock:
+                self._listeners.discard(listener)
+            composer.close()
+
+    def _batches(
+        self, opening: OpenStream, board: PlanBoard, listener: _Listener, composer: Composer
+    ) -> Iterator[StepBatch]:
+        step, plan_version = opening.from_step, -1
+        while True:
+            turn = board.wait_turn(
+                step,
+                opening.generation,
+                may_send=listener.may_send,
+                # Bound now: the step of this turn.
+                is_needed=lambda step=step: listener.needed_step >= step,  # type: ignore[misc]
+            )
+            if turn is None:
+                return
+            started = self._now()
+            if turn.plan_version != plan_version:
+                composer.prepare(turn.wanted)
+                plan_version = turn.plan_version
+            if step == opening.from_step:
+                # Only now, as the plans of all steps before a sealed one are known.
+                composer.wind(board.lane_totals(opening.cursor_steps, step))
+            batch = StepBatch(
+                step=step,
+                plan_version=turn.plan_version,
+                degraded=turn.degraded,
+                lanes=composer.compose(step, turn.counts),
+            )
+            listener.spend()
+            self._count(batch, listener, started)
+            yield batch
+            step = Step(step + 1)
+
+    def _count(self, batch: StepBatch, listener: _Listener, started: float) -> None:
+        waited_since = max(started, listener.needed_since)
+        is_waited_for = listener.needed_step >= batch.step
+        stall_s = max(self._now() - waited_since, 0.0) if is_waited_for else 0.0
+        with self._lock:
+            figures = self._figures
+            if batch.degraded:
+                self._degraded.add(batch.step)
+            self._figures = dataclasses.replace(
+                figures,
+                composed_through=max(figures.composed_through, batch.step),
+                stall_s=figures.stall_s + stall_s,
+                sequences_served=figures.sequences_served
+                + sum(len(lane.domain_ids) for lane in batch.lanes),
+            )
+
+    def _configured(self) -> tuple[WindowSource, PlanBoard]:
+        with self._lock:
+            if self._run is None or self._stopped:
+                state = "stopping" if self._stopped else "waiting for the run's settings"
+                raise NotReady(f"the loader worker is {state}; ask again or ask another")
+            return self._run
+
+
+def check_opening(opening: OpenStream, spec: RunSpec) -> None:
+    """Hold a rank's request against the run.
+
+    Raises:
+        WrongRun: it is meant for another run.
+        InvalidMessage: lanes, slots, cursors or credits are out of bounds.
+    """
+    if opening.run_id != spec.run_id:
+        raise WrongRun(f"this worker serves run {spec.run_id!r}, not {opening.run_id!r}")
+    if not 0 <= opening.first_slot < opening.end_slot <= spec.global_sequences:
+        raise InvalidMessage(
+            f"rank {opening.rank} asks for slots [{opening.first_slot}, {opening.end_slot}); a "
+            f"step has {spec.global_sequences}"
+        )
+    if not opening.cursors or opening.from_step < 0 or opening.credits < 0:
+        raise InvalidMessage(
+            f"rank {opening.rank} opens {len(opening.cursors)} lanes from step "
+            f"{opening.from_step} with {opening.credits} credits; there must be at least one lane "
+            "and neither number may be negative"
+        )
+    if opening.cursors.keys() != opening.cursor_steps.keys():
+        raise InvalidMessage(f"rank {opening.rank}: each cursor needs its step")
+    for lane, places in opening.cursors.items():
+        width = spec.slots_per_lane
+        if not 0 <= lane < spec.lanes or not (
+            lane * width < opening.end_slot and opening.first_slot < (lane + 1) * width
+        ):
+            raise InvalidMessage(
+                f"lane {lane} of {spec.lanes} has none of rank {opening.rank}'s slots "
+                f"[{opening.first_slot}, {opening.end_slot})"
+            )
+        if places.shape != (spec.num_domains, 3):
+            raise InvalidMessage(
+                f"the cursor of lane {lane} has the shape {places.shape}; the run has "
+                f"{spec.num_domains} domains, with 3 numbers each"
+            )
+        if not 0 <= opening.cursor_steps[lane] <= opening.from_step:
+            raise InvalidMessage(
+                f"the cursor of lane {lane} stands at step {opening.cursor_steps[lane]}, after "
+                f"step {opening.from_step} that rank {opening.rank} asks for"
+            )

@@ -1,0 +1,277 @@
+"""A worker's side of Enlist and WatchPlans: settings in, beats out, plans in, over any break."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from protos.client import ControlClient, Stream
+from protos.errors import (
+    HeadraceError,
+    IndexMismatch,
+    InvalidMessage,
+    NotReady,
+    Retryable,
+    TokenizerInvalid,
+    WrongRun,
+)
+from protos.types import Beat, BlobChunk, EnlistEvent, PlanEvent, RunSpec, WorkerBeat
+
+logger = logging.getLogger(__name__)
+
+BEAT_EVERY_S = 1.0
+MAX_BLOB_BYTES = 4 << 30
+"""Of an index or a tokenizer; more is taken for a mistake, not for data."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retry:
+    """Waits between tries: growing, each drawn from [half, whole] so that workers spread out."""
+
+    first_wait_s: float = 0.1
+    growth: float = 2.0
+    max_wait_s: float = 5.0
+
+    def wait_s(self, num_tries: int) -> float:
+        """Return how long to wait after `num_tries` failures in a row."""
+        grown = self.first_wait_s * self.growth ** min(num_tries - 1, 30)
+        return min(grown, self.max_wait_s) * random.uniform(0.5, 1.0)
+
+
+RETRY = Retry()
+"""Both streams may be opened again at any time: Enlist is idempotent by worker id."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What a worker gets from the controller before it can serve."""
+
+    spec: RunSpec
+    index: bytes
+    tokenizer: bytes
+    """Empty: the run has none."""
+
+
+class BlobCollector:
+    """Puts the chunks of the index and the tokenizer together and checks their hashes."""
+
+    def __init__(self) -> None:
+        self._spec: RunSpec | None = None
+        self._parts: dict[str, bytearray] = {}
+        self._done: dict[str, bytes] = {}
+
+    def begin(self, spec: RunSpec) -> Inputs | None:
+        """Forget what was collected for a connection that broke."""
+        self._spec, self._parts, self._done = spec, {}, {}
+        if not spec.tokenizer_sha256:
+            self._done["tokenizer"] = b""
+        return None
+
+    def add(self, chunk: BlobChunk) -> Inputs | None:
+        """Take a chunk; return everything once it is complete.
+
+        Raises:
+            InvalidMessage: chunks are out of order or too large.
+            IndexMismatch: the index has another hash than the run says.
+            TokenizerInvalid: the tokenizer has another hash than the run says.
+        """
+        spec = self._spec
+        if spec is None or chunk.name not in ("index", "tokenizer"):
+            raise InvalidMessage(f"a chunk of {chunk.name!r} came before the run's settings")
+        part = self._parts.setdefault(chunk.name, bytearray())
+        end = chunk.offset + len(chunk.data)
+        if chunk.offset != len(part) or not end <= chunk.total_bytes <= MAX_BLOB_BYTES:
+            raise InvalidMessage(
+                f"a chunk of the {chunk.name} covers bytes {chunk.offset}..{end} of "
+                f"{chunk.total_bytes}, {len(part)} are there"
+            )
+        part += chunk.data
+        if len(part) < chunk.total_bytes:
+            return None
+        data = bytes(self._parts.pop(chunk.name))
+        is_index = chunk.name == "index"
+        expected = spec.index_sha256 if is_index else spec.tokenizer_sha256
+        if hashlib.sha256(data).hexdigest() != expected:
+            error = IndexMismatch if is_index else TokenizerInvalid
+            raise error(f"the {chunk.name} from the controller is not the one that the run names")
+        self._done[chunk.name] = data
+        if self._done.keys() != {"index", "tokenizer"}:
+            return None
+        return Inputs(spec=spec, index=self._done["index"], tokenizer=self._done["tokenizer"])
+
+
+class ControllerSession:
+    """Two threads that keep Enlist and WatchPlans open, until `close` or a final error.
+
+    thread  does                                      waits for                     woken by
+    enlist  sends beats, takes settings and blobs     the stream's next event       close, a break
+    beats   (gRPC's) yields a beat a second           its connection's end, 1 s     close, a break
+    watch   hands on plans, once the worker is ready  `ready`, then the next event  close, a break
+    """
+
+    def __init__(
+        self,
+        client: ControlClient,
+        *,
+        worker_id: str,
+        beat: Callable[[], WorkerBeat],
+        on_inputs: Callable[[Inputs], None],
+        on_plans: Callable[[PlanEvent], None],
+        on_connect: Callable[[], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        self._client = client
+        self._worker_id = worker_id
+        self._beat = beat
+        self._on_inputs = on_inputs
+        self._on_plans = on_plans
+        self._on_connect = on_connect
+        self._on_end = on_end
+        self._lock = threading.Lock()
+        self._streams: set[Stream[Any]] = set()
+        self._stopping = threading.Event()
+        self._blobs = BlobCollector()
+        self._spec: RunSpec | None = None
+        self.ready = threading.Event()
+        """Set once the worker has all it needs to serve."""
+
+        self.draining = False
+        """The controller said that the run is over."""
+
+        self.error: HeadraceError | None = None
+        """What ended the session for good."""
+
+        self._threads = [
+            threading.Thread(target=self._keep, args=(name, once), name=name, daemon=True)
+            for name, once in (("enlist", self._enlist_once), ("watch", self._watch_once))
+        ]
+
+    def __enter__(self) -> ControllerSession:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End both streams and their threads; idempotent."""
+        self._stopping.set()
+        self.ready.set()
+        with self._lock:
+            streams = list(self._streams)
+        for stream in streams:
+            stream.cancel()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def _keep(self, name: str, once: Callable[[], bool]) -> None:
+        num_tries = 0
+        while not self._stopping.is_set():
+            try:
+                heard = once()
+                reason = "the controller ended the stream"
+            except Retryable as error:
+                heard, reason = False, str(error)
+            except HeadraceError as error:
+                self._end(error)
+                return
+            except Exception as error:
+                logger.exception("%s failed unexpectedly worker=%s", name, self._worker_id)
+                self._end(InvalidMessage(f"{name} failed: {error}"))
+                return
+            if self._stopping.is_set():
+                return
+            num_tries = 1 if heard else num_tries + 1
+            logger.info("%s broke worker=%s tries=%d: %s", name, self._worker_id, num_tries, reason)
+            self._stopping.wait(RETRY.wait_s(num_tries))
+
+    def _end(self, error: HeadraceError) -> None:
+        self.error = error
+        self._stopping.set()
+        self.ready.set()
+        self._on_end()
+
+    def _enlist_once(self) -> bool:
+        over = threading.Event()
+        heard = False
+        self._on_connect()
+        try:
+            for event in self._events(self._client.enlist(self._beats(over))):
+                heard = True
+                self._take(event)
+        except Retryable:
+            if not heard:
+                raise
+        finally:
+            over.set()
+        return heard
+
+    def _watch_once(self) -> bool:
+        self.ready.wait()
+        heard = False
+        if self._stopping.is_set():
+            return heard
+        try:
+            for event in self._events(self._client.watch_plans(self._worker_id)):
+                self._on_plans(event)
+                heard = True
+        except InvalidMessage as error:
+            # Plans that do not follow from those held: a new stream brings all of them again.
+            raise NotReady(f"plans were refused, asking for all of them again: {error}") from error
+        except Retryable:
+            if not heard:
+                raise
+        return heard
+
+    def _events(self, stream: Stream[Any]) -> Iterator[Any]:
+        with self._lock:
+            self._streams.add(stream)
+        try:
+            # Whoever stops before the stream is among those to cancel would miss it.
+            if not self._stopping.is_set():
+                yield from stream
+        finally:
+            with self._lock:
+                self._streams.discard(stream)
+            stream.cancel()
+
+    def _beats(self, over: threading.Event) -> Iterator[WorkerBeat]:
+        while not over.is_set() and not self._stopping.is_set():
+            yield self._beat()
+            over.wait(BEAT_EVERY_S)
+
+    def _take(self, event: EnlistEvent) -> None:
+        if isinstance(event, Beat):
+            self.draining = event.drain
+        elif isinstance(event, RunSpec):
+            self._check_same_run(event)
+            self._blobs.begin(event)
+        elif not self.ready.is_set():
+            inputs = self._blobs.add(event)
+            if inputs is not None:
+                self._on_inputs(inputs)
+                self._spec = inputs.spec
+                self.ready.set()
+
+    def _check_same_run(self, spec: RunSpec) -> None:
+        mine = self._spec
+        if mine is None:
+            return
+        if spec.run_id != mine.run_id or spec.order_sha256() != mine.order_sha256():
+            raise WrongRun(
+                f"the controller now has run {spec.run_id!r} with other settings than run "
+                f"{mine.run_id!r} that this worker serves; start the worker again"
+            )

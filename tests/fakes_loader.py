@@ -1,0 +1,321 @@
+"""Small corpora, tokenizers and a scripted controller for the tests of the loader workers."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import random
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+import webdataset
+from numpy.typing import NDArray
+
+from loader_workers.cache import ShardCache
+from loader_workers.convert import Converter
+from loader_workers.source import WindowSource
+from loader_workers.tokenize import Tokenize, make_tokenize
+from protos.apportion import apportion, no_carry
+from protos.dataset_index import DatasetIndex
+from protos.errors import NotReady
+from protos.server import serving_controller
+from protos.types import (
+    Beat,
+    BlobChunk,
+    Credit,
+    Generation,
+    JoinAnswer,
+    JoinRequest,
+    LaneEndpoint,
+    Mixture,
+    Plan,
+    PlanEvent,
+    ReportAnswer,
+    RunSpec,
+    RunStatus,
+    Step,
+    StepReport,
+    WorkerBeat,
+)
+
+EOT = "<|endoftext|>"
+WORDS = tuple(f"w{number}" for number in range(200))
+
+
+def tokenizer_json() -> bytes:
+    """Return a tokenizer of whole words, as a `tokenizer.json`."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    vocabulary = {word: number for number, word in enumerate(["<unk>", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens([EOT])
+    return tokenizer.to_str().encode()
+
+
+def shard_bytes(samples: Sequence[Mapping[str, bytes | str]], *, tar_format: str = "") -> bytes:
+    """Write samples with webdataset's own writer."""
+    sink = io.BytesIO()
+    with webdataset.TarWriter(sink, encoder=False, format=tar_format or None, mtime=0.0) as writer:
+        for sample in samples:
+            writer.write(dict(sample))
+    return sink.getvalue()
+
+
+def npy_bytes(array: NDArray[np.generic]) -> bytes:
+    sink = io.BytesIO()
+    np.save(sink, array, allow_pickle=False)
+    return sink.getvalue()
+
+
+def write_text_shards(
+    folder: Path, domain: str, documents: Sequence[str], *, num_shards: int
+) -> str:
+    """Spread documents over shards; return the pattern that matches them."""
+    (folder / domain).mkdir(parents=True, exist_ok=True)
+    for shard in range(num_shards):
+        mine = [
+            {"__key__": f"{number:06d}", "txt": document}
+            for number, document in enumerate(documents)
+            if number % num_shards == shard
+        ]
+        (folder / domain / f"{shard:04d}.tar").write_bytes(shard_bytes(mine))
+    return str(folder / domain / "*.tar")
+
+
+def write_token_shards(
+    folder: Path, domain: str, lengths: Sequence[Sequence[int]], *, first_token: int = 1
+) -> str:
+    """Write one shard of token arrays for each list of lengths; every token is another number."""
+    (folder / domain).mkdir(parents=True, exist_ok=True)
+    token = first_token
+    for shard, sizes in enumerate(lengths):
+        samples = []
+        for number, size in enumerate(sizes):
+            tokens = np.arange(token, token + size, dtype="<u4")
+            token += size
+            samples.append({"__key__": f"{number:06d}", "u32": tokens.tobytes()})
+        (folder / domain / f"{shard:04d}.tar").write_bytes(shard_bytes(samples))
+    return str(folder / domain / "*.tar")
+
+
+def random_documents(seed: int, count: int, *, longest: int = 40) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randrange(longest))) for _ in range(count)]
+
+
+def make_spec(index: DatasetIndex, *, tokenizer: bytes = b"", **changes: object) -> RunSpec:
+    """Return settings for an index; `changes` replace the defaults."""
+    from hashlib import sha256
+
+    values: dict[str, object] = {
+        "run_id": "test",
+        "seed": 7,
+        "domains": index.domains,
+        "lanes": 4,
+        "global_sequences": 16,
+        "sequence_length": 16,
+        "window_samples": 8,
+        "interleave": 2,
+        "num_steps": 1000,
+        "lag": 2,
+        "vocab_size": 300,
+        "eot_id": 201,
+        "text_field": "text",
+        "index_sha256": index.sha256,
+        "tokenizer_sha256": sha256(tokenizer).hexdigest() if tokenizer else "",
+        "degraded_after_s": 60.0,
+        "data_timeout_s": 60.0,
+    }
+    return RunSpec(**{**values, **changes})  # type: ignore[arg-type]  # a bag of defaults
+
+
+@contextmanager
+def make_source(
+    spec: RunSpec, index: DatasetIndex, cache_dir: Path, *, tokenizer: bytes = b""
+) -> Iterator[WindowSource]:
+    """Open an index through a cache, as a worker does."""
+    converter = Converter(
+        tokenize=make_tokenize(tokenizer) if tokenizer else None,
+        text_field=spec.text_field,
+        vocab_size=spec.vocab_size,
+        dtype=spec.token_dtype,
+    )
+    with (
+        ShardCache(
+            cache_dir,
+            budget_bytes=1 << 30,
+            converter=converter,
+            tokenizer_sha256=spec.tokenizer_sha256,
+        ) as cache,
+        WindowSource(spec, index, cache, threads=2) as source,
+    ):
+        yield source
+
+
+def tokenize_words() -> Tokenize:
+    return make_tokenize(tokenizer_json())
+
+
+def scripted_plans(
+    spec: RunSpec, mixtures: Mapping[int, Sequence[float]], *, first_step: int = 0
+) -> tuple[Plan, ...]:
+    """Return the plans of mixtures by their first step, with the carries between."""
+    plans: list[Plan] = []
+    carry = no_carry(spec.num_domains)
+    mixture = Mixture.from_shares(mixtures[min(mixtures)])
+    for step in range(first_step, max(mixtures) + 1):
+        if step in mixtures:
+            mixture = Mixture.from_shares(mixtures[step])
+            plans.append(
+                Plan(
+                    version=len(plans) + 1,
+                    first_step=Step(step),
+                    mixture=mixture,
+                    carry_q32=tuple(carry.tolist()),
+                )
+            )
+        _, carry = apportion(mixture, global_sequences=spec.global_sequences, carry=carry)
+    return tuple(plans)
+
+
+class BlockingCredits(Iterator[Credit]):
+    """Credits as a server gives them to a service: they block until `end`."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Credit | None] = SimpleQueue()
+
+    def put(self, credit: Credit) -> None:
+        self._queue.put(credit)
+
+    def end(self) -> None:
+        self._queue.put(None)
+
+    def __next__(self) -> Credit:
+        credit = self._queue.get()
+        if credit is None:
+            raise StopIteration
+        return credit
+
+
+class ScriptedController:
+    """A controller that hands out one run and the plan events it is told; no decisions."""
+
+    def __init__(self, spec: RunSpec, *, index: bytes, tokenizer: bytes) -> None:
+        self.spec = spec
+        self._blobs = {"index": index, "tokenizer": tokenizer}
+        self._events: list[PlanEvent] = []
+        self._changed = asyncio.Condition()
+        self.beats: list[WorkerBeat] = []
+        self.num_enlisted = 0
+
+    async def say(self, event: PlanEvent) -> None:
+        async with self._changed:
+            self._events.append(event)
+            self._changed.notify_all()
+
+    async def watch_plans(self, worker_id: str) -> AsyncIterator[PlanEvent]:
+        sent = 0
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: len(self._events) > sent)
+                new, sent = self._events[sent:], len(self._events)
+            for event in new:
+                yield event
+
+    async def enlist(
+        self, beats: AsyncIterator[WorkerBeat]
+    ) -> AsyncIterator[RunSpec | BlobChunk | Beat]:
+        self.num_enlisted += 1
+        yield self.spec
+        for name, data in self._blobs.items():
+            half = len(data) // 2
+            for part in (slice(0, half), slice(half, len(data))):
+                if data[part]:
+                    yield BlobChunk(
+                        name=name, offset=part.start, total_bytes=len(data), data=data[part]
+                    )
+        async for beat in beats:
+            self.beats.append(beat)
+            yield Beat()
+
+    async def join(self, request: JoinRequest) -> JoinAnswer:
+        raise NotReady("this controller takes no ranks")
+
+    async def locate(self, generation: Generation) -> Sequence[LaneEndpoint]:
+        return ()
+
+    async def report(self, report: StepReport) -> ReportAnswer:
+        raise NotReady("this controller takes no reports")
+
+
+class _NoAdmin:
+    """An admin service that only exists."""
+
+    async def status(self) -> RunStatus:
+        raise NotReady("this controller has no status")
+
+    async def set_mixture(self, shares: Mapping[str, float]) -> int:
+        raise NotReady("this controller decides nothing")
+
+    async def freeze(self) -> None:
+        raise NotReady("this controller decides nothing")
+
+    async def resume(self) -> None:
+        raise NotReady("this controller decides nothing")
+
+    async def snapshot_policy(self) -> str:
+        raise NotReady("this controller decides nothing")
+
+    async def drain(self) -> None:
+        raise NotReady("this controller decides nothing")
+
+
+class ServedController:
+    """A scripted controller served on a thread with an event loop of its own."""
+
+    def __init__(self, controller: ScriptedController, *, address: str = "127.0.0.1:0") -> None:
+        self.controller = controller
+        self.address = address
+        self._up = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._down = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="scripted-controller")
+
+    def say(self, event: PlanEvent) -> None:
+        asyncio.run_coroutine_threadsafe(self.controller.say(event), self._loop).result(10)
+
+    def __enter__(self) -> ServedController:
+        self._thread.start()
+        assert self._up.wait(10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._down.set)
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._serve())
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    async def _serve(self) -> None:
+        async with serving_controller(
+            self.controller, _NoAdmin(), address=self.address, drain_s=0.1
+        ) as bound:
+            self.address = bound
+            self._up.set()
+            await self._down.wait()
+
+
+def json_sample(key: str, fields: Mapping[str, object]) -> dict[str, str]:
+    return {"__key__": key, "json": json.dumps(fields)}
