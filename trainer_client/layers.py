@@ -11,9 +11,9 @@ from torch import nn
 from protos.errors import ConfigError
 from protos.types import ProbeSpec
 
-NORM_DEPTHS = (1, 2, 4, 6, 8, 10, 12, 14, 16)
-"""Sixteenths of the model's depth at which weight norms are taken: the first layer and the even
-ones of a model of 16, and as many of any other, so that a policy can move between models."""
+NORM_DEPTHS = (0, 2, 4, 6, 8, 10, 12, 14, 16)
+"""Sixteenths of the model's depth at which weight norms are taken: the first layer and, in a model
+of 16, the even ones. As many in any other model, so that a policy can move between models."""
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 

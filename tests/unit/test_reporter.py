@@ -1,0 +1,163 @@
+"""The reporter never makes a step wait, and counts what it loses."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from protos.errors import ControllerUnreachable, HeadraceError, InvalidMessage, StaleGeneration
+from protos.types import Generation, Rank, ReportAnswer, Step, StepReport
+from trainer_client.device_copy import HostCopy
+from trainer_client.reporter import PendingReport, Reporter, ReporterState
+from trainer_client.retry import Retry
+
+ANSWER = ReportAnswer(plan_version=1, sealed_through=3, counted=True)
+QUICK = Retry(first_wait_s=0.001, max_wait_s=0.002)
+
+
+def pending(step: int) -> PendingReport:
+    report = StepReport(
+        generation=Generation(1),
+        rank=Rank(0),
+        step=Step(step),
+        plan_version=0,
+        sequences=np.ones(2, np.int64),
+        tokens=np.zeros(2, np.int64),
+        loss_sum=np.zeros(2),
+    )
+    losses = HostCopy(torch.tensor([[1.5, 3.0], [2.5, 4.0]], dtype=torch.float64))
+    return PendingReport(report=report, losses=losses, probe=None)
+
+
+class Controller:
+    """Takes reports; can be told to hang or to fail."""
+
+    def __init__(self) -> None:
+        self.taken: list[StepReport] = []
+        self.errors: list[HeadraceError] = []
+        self.asked = threading.Event()
+        self.answer = threading.Event()
+        self.answer.set()
+
+    def report(self, report: StepReport, timeout_s: float) -> ReportAnswer:
+        self.asked.set()
+        assert self.answer.wait(20)
+        if self.errors:
+            raise self.errors.pop(0)
+        self.taken.append(report)
+        return ANSWER
+
+
+@contextmanager
+def reporting(
+    send: Callable[[StepReport, float], ReportAnswer], *, capacity: int = 4, budget_s: float = 5.0
+) -> Iterator[Reporter]:
+    reporter = Reporter(send, capacity=capacity, budget_s=budget_s, retry=QUICK)
+    try:
+        yield reporter
+    finally:
+        reporter.close(timeout_s=5.0)
+
+
+def test_reports_arrive_in_order_with_the_numbers_from_the_device() -> None:
+    controller = Controller()
+    with reporting(controller.report) as reporter:
+        for step in range(4):
+            assert reporter.offer(pending(step))
+        assert reporter.flush(timeout_s=5)
+        assert (reporter.num_sent, reporter.num_dropped) == (4, 0)
+    assert [report.step for report in controller.taken] == [0, 1, 2, 3]
+    assert controller.taken[0].loss_sum.tolist() == [1.5, 2.5]
+    assert controller.taken[0].tokens.tolist() == [3, 4]
+
+
+def test_a_controller_that_hangs_costs_reports_and_no_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    controller = Controller()
+    controller.answer.clear()
+    with caplog.at_level(logging.WARNING), reporting(controller.report) as reporter:
+        assert reporter.offer(pending(0))
+        assert controller.asked.wait(5)  # so it is no longer in the queue
+        assert [reporter.offer(pending(step)) for step in range(1, 11)] == [True] * 4 + [False] * 6
+        assert reporter.num_dropped == 6
+        assert not reporter.flush(timeout_s=0.01)
+        controller.answer.set()
+        assert reporter.flush(timeout_s=5)
+        assert (reporter.num_sent, reporter.num_dropped) == (5, 6)
+    # One warning a minute, whatever happens.
+    assert [record.message for record in caplog.records] == [
+        "report lost rank=0 step=5 (1 since the last warning): 4 reports are waiting already"
+    ]
+
+
+def test_what_may_be_repeated_is_repeated() -> None:
+    controller = Controller()
+    controller.errors = [ControllerUnreachable("down"), ControllerUnreachable("down")]
+    with reporting(controller.report) as reporter:
+        reporter.offer(pending(0))
+        assert reporter.flush(timeout_s=5)
+        assert (reporter.num_sent, reporter.num_dropped) == (1, 0)
+
+
+def test_what_was_refused_is_dropped_and_the_next_one_sent(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    controller = Controller()
+    controller.errors = [InvalidMessage("loss_sum[0] is nan")]
+    with caplog.at_level(logging.WARNING), reporting(controller.report) as reporter:
+        reporter.offer(pending(0))
+        reporter.offer(pending(1))
+        assert reporter.flush(timeout_s=5)
+        assert (reporter.num_sent, reporter.num_dropped) == (1, 1)
+    assert "loss_sum[0] is nan" in caplog.text
+
+
+def test_a_controller_that_stays_away_costs_one_report_a_budget(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    controller = Controller()
+    controller.errors = [ControllerUnreachable("down")] * 10_000
+    with caplog.at_level(logging.WARNING), reporting(controller.report, budget_s=0.02) as reporter:
+        reporter.offer(pending(0))
+        assert reporter.flush(timeout_s=5)
+        assert (reporter.num_sent, reporter.num_dropped) == (0, 1)
+
+
+def test_a_fenced_reporter_sends_no_more_and_training_may_go_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    controller = Controller()
+    controller.errors = [StaleGeneration("generation 2 has begun")]
+    with caplog.at_level(logging.WARNING), reporting(controller.report) as reporter:
+        reporter.offer(pending(0))
+        assert reporter.flush(timeout_s=5)
+        assert reporter.state is ReporterState.FENCED
+        assert not reporter.offer(pending(1))
+        assert (reporter.num_sent, reporter.num_dropped) == (0, 2)
+    assert controller.taken == []
+    assert "generation 2 has begun" in caplog.text
+
+
+def test_closing_ends_the_thread_and_counts_what_is_left(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    controller = Controller()
+    controller.answer.clear()
+    with caplog.at_level(logging.WARNING), reporting(controller.report) as reporter:
+        reporter.offer(pending(0))
+        assert controller.asked.wait(5)
+        reporter.offer(pending(1))
+        reporter.close(timeout_s=0.01)
+        assert reporter.state is ReporterState.CLOSED
+        assert reporter.num_dropped == 1
+        controller.answer.set()
+        reporter._thread.join(5)
+        assert not reporter._thread.is_alive()
+        reporter.close()
