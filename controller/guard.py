@@ -103,6 +103,11 @@ class Guard:
 
     def _check(self, num_domains: int) -> None:
         config, floor = self._config, self._floor
+        if floor > config.max_share:
+            raise ConfigError(
+                f"guard.min_share and guard.min_sequences ask for a share of {floor:g}, "
+                f"more than guard.max_share {config.max_share:g}"
+            )
         if num_domains * floor > 1 + 1e-12:
             raise ConfigError(
                 f"guard.min_share and guard.min_sequences ask for a share of {floor:g} for each "
@@ -112,11 +117,6 @@ class Guard:
             raise ConfigError(
                 f"guard.max_share {config.max_share:g} leaves a part of the batch to none of the "
                 f"{num_domains} domains; raise it to {1 / num_domains:.4g} or more"
-            )
-        if floor > config.max_share:
-            raise ConfigError(
-                f"guard.min_share and guard.min_sequences ask for a share of {floor:g}, "
-                f"more than guard.max_share {config.max_share:g}"
             )
 
     def _quantised(self, num_domains: int) -> tuple[int, int]:
@@ -188,15 +188,16 @@ class Guard:
         wanted = shares * SHARE_ONE
         raised = (given == bounds.low) & (wanted < bounds.low - 1) & (given > 0)
         lowered = (given == bounds.high) & (wanted > bounds.high + 1) & (given > 0)
-        for moved, base, rule, change in (
-            (raised, self._low, "min_share", "raised"),
-            (lowered, self._high, "max_share", "lowered"),
+        at_floor = raised & (given == self._low)
+        at_ceiling = lowered & (given == self._high)
+        by_change = (raised | lowered) & ~at_floor & ~at_ceiling
+        for chosen, done in (
+            (at_floor, "min_share: raised"),
+            (at_ceiling, "max_share: lowered"),
+            (by_change, "max_change: held back"),
         ):
-            at_base = moved & (given == base)
-            if at_base.any():
-                reasons.append(f"{rule}: {change} {self._named(at_base)}")
-            if (moved & ~at_base).any():
-                reasons.append(f"max_change: {change} less {self._named(moved & ~at_base)}")
+            if chosen.any():
+                reasons.append(f"{done} {self._named(chosen)}")
 
     def _named(self, chosen: NDArray[np.bool_]) -> str:
         return ", ".join(self._context.domains[index] for index in np.flatnonzero(chosen))

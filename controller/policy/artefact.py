@@ -25,7 +25,7 @@ FORMAT = "headrace.policy.v1"
 
 def save(state: PolicyState, path: Path) -> None:
     """Write `state` to `path`, replacing what is there; when it returns, it is on the disk."""
-    arrays = {name: np.array(array, order="C") for name, array in state.arrays.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in state.arrays.items()}
     values = json.dumps(state.values, sort_keys=True, allow_nan=False)
     metadata = {"format": FORMAT, "values": values, "sha256": _digest(arrays, values)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def _digest(arrays: Mapping[str, NDArray[Any]], values: str) -> str:
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(f"\0{name}\0{array.dtype.str}\0{array.shape}\0".encode())
-        digest.update(array.tobytes())
+        digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
 
 
