@@ -21,18 +21,23 @@ class LoaderActor:
         self._stop = threading.Event()
         self._worker = Worker(settings, stop=self._stop)
         self._stack = ExitStack()
+        self._is_serving = False
 
     def start(self, timeout_s: float = 60.0) -> str:
         """Serve; return the endpoint once the controller has said what the run is.
+
+        Twice does no harm.
 
         Raises:
             NotReady: the controller did not answer in time.
             HeadraceError: what the worker cannot work with.
         """
-        with ExitStack() as stack:
-            stack.enter_context(self._worker)
-            self._worker.wait_ready(timeout_s=timeout_s)
-            self._stack = stack.pop_all()
+        if not self._is_serving:
+            with ExitStack() as stack:
+                stack.enter_context(self._worker)
+                self._worker.wait_ready(timeout_s=timeout_s)
+                self._stack = stack.pop_all()
+            self._is_serving = True
         return self._worker.endpoint
 
     def stats(self) -> WorkerStats:

@@ -1,0 +1,186 @@
+"""The harness's actors, controller and loader workers: started, watched, restarted, ended."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from controller.actor import ControllerActor
+from controller.config import RunConfig
+from loader_workers.actor import LoaderActor
+from loader_workers.worker import WorkerSettings
+from protos.errors import AlreadyServing, HeadraceError, NotReady, Retryable
+from protos.security import split_address
+
+START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 10.0
+_PORT_TRIES = 3
+
+Say = Callable[[str], None]
+
+
+class ActorState(enum.Enum):
+    """STARTING <-> SERVING -> STOPPED."""
+
+    STARTING = "starting"  # was told to serve and has not answered
+    SERVING = "serving"
+    STOPPED = "stopped"
+
+
+class WatchedActor:
+    """An actor that Ray restarts and that is then told to serve again.
+
+    Ray runs the constructor anew and no more; whoever made the actor must call `start`.
+    """
+
+    def __init__(self, name: str, actor: Any, *, ping: str, say: Say) -> None:
+        self.name = name
+        self._actor = actor
+        self._ping = ping
+        self._say = say
+        self._is_lost = False
+        self.num_losses = 0
+        self.state = ActorState.STARTING
+        self._pending = actor.start.remote()
+
+    def wait_started(self, timeout_s: float = START_TIMEOUT_S) -> str:
+        """Return where the actor serves.
+
+        Raises:
+            HeadraceError: the actor cannot serve, or does not in time.
+        """
+        try:
+            address: str = ray.get(self._pending, timeout=timeout_s)
+        except GetTimeoutError as error:
+            raise NotReady(f"the {self.name} did not start within {timeout_s:g} s") from error
+        except RayTaskError as error:
+            raise _ours(error) from error
+        except RayActorError as error:
+            raise NotReady(f"the {self.name} died while it started: {error}") from error
+        self._serving()
+        return address
+
+    def look(self) -> None:
+        """See, without waiting, whether the actor lives; say so if it died or came back.
+
+        Raises:
+            HeadraceError: it lives and says that it cannot go on.
+        """
+        done, _ = ray.wait([self._pending], timeout=0)
+        if not done:
+            return
+        try:
+            ray.get(self._pending)
+        except RayTaskError as error:
+            ours = _ours(error)
+            if self.state is not ActorState.STARTING or not isinstance(ours, Retryable):
+                raise ours from error
+            self._pending = self._actor.start.remote()
+        except RayActorError:
+            self._lost()
+            self._pending = self._actor.start.remote()
+        else:
+            self._serving()
+
+    def _serving(self) -> None:
+        if self._is_lost:
+            self._say(f"the {self.name} serves again")
+        self._is_lost = False
+        self.state = ActorState.SERVING
+        self._pending = getattr(self._actor, self._ping).remote()
+
+    def _lost(self) -> None:
+        if not self._is_lost:
+            self.num_losses += 1
+            self._say(f"the {self.name} died; Ray starts it again")
+        self._is_lost = True
+        self.state = ActorState.STARTING
+
+    def ask_to_stop(self) -> Any:
+        """Begin to stop; return what to wait for."""
+        self.state = ActorState.STOPPED
+        return self._actor.stop.remote()
+
+    def kill(self) -> None:
+        """End the process."""
+        with contextlib.suppress(Exception):
+            ray.kill(self._actor, no_restart=True)
+
+
+def stop_actors(*groups: Sequence[WatchedActor], timeout_s: float = _STOP_TIMEOUT_S) -> None:
+    """Have one group after the other stop, then end its processes; a dead one does no harm."""
+    for actors in groups:
+        asked = []
+        for actor in actors:
+            with contextlib.suppress(RayActorError):
+                asked.append(actor.ask_to_stop())
+        if asked:
+            ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
+        for actor in actors:
+            actor.kill()
+
+
+def start_controller(config: RunConfig, *, say: Say) -> tuple[WatchedActor, str]:
+    """Start the run's controller; return it and where it serves.
+
+    A port is chosen beforehand where the run file leaves it open: a controller that is started
+    again must be found where it was.
+
+    Raises:
+        HeadraceError: it cannot serve.
+    """
+    host, port = split_address(config.address)
+    for tries_left in reversed(range(_PORT_TRIES)):
+        address = f"{host}:{port or free_port(host)}"
+        fixed = config.model_copy(update={"address": address})
+        options = ControllerActor.options(num_cpus=1, max_restarts=-1)
+        controller = WatchedActor("controller", options.remote(fixed), ping="check", say=say)
+        try:
+            return controller, controller.wait_started()
+        except AlreadyServing:
+            controller.kill()
+            # Another process may have taken the port since; a ledger stays taken.
+            if port or not tries_left:
+                raise
+    raise AssertionError("the last try either returns or raises")
+
+
+def free_port(host: str) -> int:
+    """Return a port that nobody serves at the moment."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host.strip("[]"), 0))
+        return int(probe.getsockname()[1])
+
+
+def start_workers(config: RunConfig, address: str, cache: Path, *, say: Say) -> list[WatchedActor]:
+    """Start the run's loader workers; they share a cache."""
+    workers = []
+    for number in range(config.workers.count):
+        name = f"worker-{number}"
+        settings = WorkerSettings(
+            controller=address,
+            cache_dir=config.workers.cache_dir or cache,
+            cache_bytes=config.workers.cache_bytes,
+            threads=config.workers.threads,
+            worker_id=name,
+            run_id=config.run,
+            security=config.wire_security,
+        )
+        actor = LoaderActor.options(num_cpus=1, max_restarts=-1).remote(settings)  # type: ignore[attr-defined]
+        workers.append(WatchedActor(f"loader {name}", actor, ping="stats", say=say))
+    return workers
+
+
+def _ours(error: RayTaskError) -> HeadraceError:
+    """Return the error that an actor raised, without Ray's wrapping."""
+    cause: BaseException | None = error.cause
+    if isinstance(cause, HeadraceError):
+        return cause
+    return HeadraceError(f"an actor failed: {cause!r}")

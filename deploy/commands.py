@@ -1,0 +1,31 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+import typer
+
+from deploy import commands_data, commands_live, commands_run
+from deploy.exits import EXIT_CODES_HELP
+
+app = typer.Typer(
+    name="headrace",
+    help=(
+        "Feeds pretraining jobs with text from many domains, and decides while the model trains "
+        f"how much of each it sees. {EXIT_CODES_HELP}"
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("run")(commands_run.run)
+app.command("pack")(commands_data.pack)
+app.command("index")(commands_data.index)
+app.command("verify")(commands_data.verify)
+app.command("controller")(commands_live.controller)
+app.command("status")(commands_live.status)
+app.add_typer(commands_live.mixture, name="mixture")
+app.command("freeze")(commands_live.freeze)
+app.command("resume")(commands_live.resume)
+app.command("snapshot")(commands_live.snapshot)
+app.command("drain")(commands_live.drain)
+app.command("doctor")(commands_run.doctor)

@@ -1,0 +1,133 @@
+"""`headrace pack`, `headrace index` and `headrace verify`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from controller.config import load_run_file
+from deploy.exits import stderr, told
+from protos.dataset_index import DatasetIndex
+
+_FAULTY = 4
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+@told
+def pack(
+    src: Annotated[Path, typer.Argument(help="Folder of domains.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make; must not be there yet.")],
+    shard_mb: Annotated[float, typer.Option(help="Text in a shard, in MiB.")] = 64.0,
+    text_field: Annotated[str, typer.Option(help="Field of a JSON line with the text.")] = "text",
+    as_json: JsonOption = False,
+) -> None:
+    """Pack text into webdataset shards: OUT/domain/domain-000000.tar and so on.
+
+    A domain of SRC is a folder of .txt files (a document each), a folder of .jsonl or .jsonl.zst
+    files (a document a line), or one such file. Empty documents and exact duplicates are left out.
+    OUT gets its name when it is complete; nothing is overwritten.
+    """
+    from deploy.pack import pack as pack_domains
+    from deploy.sources import find_domains, text_domains
+
+    domains = text_domains(find_domains(src), src)
+    documents = {domain.name: domain.documents(text_field=text_field) for domain in domains}
+    with stderr.status("packing") as status:
+        packed = pack_domains(
+            documents,
+            out,
+            shard_mb=shard_mb,
+            progress=lambda name, num_documents, num_bytes: status.update(
+                f"packing {name}: {num_documents:,} documents, {num_bytes / 2**20:,.1f} MiB"
+            ),
+        )
+    if as_json:
+        print(json.dumps({name: asdict(domain) for name, domain in packed.items()}, indent=2))
+        return
+    table = Table("domain", "documents", "MiB", "shards", "left out")
+    for name, domain in packed.items():
+        left_out = domain.num_short + domain.num_duplicates
+        size = f"{domain.num_bytes / 2**20:,.1f}"
+        table.add_row(
+            name, f"{domain.num_documents:,}", size, str(domain.num_shards), str(left_out)
+        )
+    Console().print(table)
+
+
+@told
+def index(
+    run_file: Annotated[Path, typer.Argument(help="The run file; its data.index is written.")],
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Read every shard again though there is an index.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build the dataset index of a run: every shard read once, its samples counted and hashed.
+
+    An index that is there already is kept, unless --rebuild: with another index the data has
+    another order, and a run that began with the old one cannot go on.
+    """
+    from deploy.dataset import ensure_index
+
+    config = load_run_file(run_file)
+    with stderr.status("indexing") as status:
+        found = ensure_index(
+            config,
+            rebuild=rebuild,
+            progress=lambda done, total: status.update(f"indexing: {done} of {total} shards"),
+        )
+    rows = {name: _domain_row(found, name) for name in found.domains}
+    if as_json:
+        print(json.dumps({"sha256": found.sha256, "domains": rows}, indent=2))
+        return
+    table = Table("domain", "shards", "samples", "MiB of text", "quarantined shards")
+    for name, row in rows.items():
+        size = f"{row['text_bytes'] / 2**20:,.1f}"
+        samples = f"{row['num_samples']:,}"
+        table.add_row(name, str(row["num_shards"]), samples, size, str(row["num_quarantined"]))
+    console = Console()
+    console.print(table)
+    console.print(f"{config.data.index}  sha256 {found.sha256}", soft_wrap=True, highlight=False)
+
+
+def _domain_row(found: DatasetIndex, name: str) -> dict[str, int]:
+    shards = found.shards(name)
+    return {
+        "num_shards": len(shards),
+        "num_samples": found.num_samples(name),
+        "text_bytes": found.text_bytes(name),
+        "num_quarantined": sum(bool(shard.quarantined) for shard in shards),
+    }
+
+
+@told
+def verify(
+    out: Annotated[Path, typer.Argument(help="Folder of a finished `headrace run`.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Check a finished run: ledger intact, plans obeyed, nothing lost, doubled or changed.
+
+    The sequences that should have come are cut anew from the raw shards and held against what the
+    trainers received. Exit code 4 if they differ, 5 if the ledger is damaged.
+    """
+    from deploy.report import checks, examine
+
+    findings = examine(out)
+    result = checks(findings)
+    if as_json:
+        print(json.dumps({"clean": findings.clean, **result}, indent=2))
+    else:
+        console = Console(highlight=False)
+        console.print(f"ledger: {findings.record.num_rows:,} rows, chain of hashes intact")
+        for name, value in result.items():
+            console.print(f"{name.replace('_', ' ')}: {value}", soft_wrap=True, markup=False)
+        console.print("clean" if findings.clean else "NOT CLEAN", style="bold")
+    if not findings.clean:
+        raise typer.Exit(_FAULTY)

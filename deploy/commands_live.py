@@ -1,0 +1,186 @@
+"""The commands that serve, look at and steer a live run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from controller.config import load_run_file
+from deploy.exits import told
+from deploy.progress import status_panel
+from protos.client import AdminClient
+from protos.errors import ConfigError
+from protos.types import RunStatus
+
+_TIMEOUT_S = 5.0
+
+Address = Annotated[str, typer.Argument(help="HOST:PORT of the controller.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+
+mixture = typer.Typer(help="The mixture of a live run.", no_args_is_help=True)
+
+
+@contextmanager
+def _admin(address: str) -> Iterator[AdminClient]:
+    client = AdminClient(address)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+@told
+def status(address: Address = "127.0.0.1:7700", as_json: JsonOption = False) -> None:
+    """Say how a live run stands: steps, policy, mixture, losses, workers, quarantines."""
+    with _admin(address) as admin:
+        found = admin.status(timeout_s=_TIMEOUT_S)
+    if as_json:
+        print(json.dumps(status_json(found), indent=2))
+        return
+    console = Console()
+    console.print(status_panel(found))
+    for quarantine in found.quarantines:
+        sample = f" sample {quarantine.sample}" if quarantine.sample >= 0 else ""
+        console.print(
+            f"quarantined: {quarantine.shard}{sample} ({quarantine.domain}): {quarantine.reason}",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def status_json(status: RunStatus) -> dict[str, Any]:
+    """Return a status as JSON values; what was never measured is null."""
+    return {
+        "run": status.run_id,
+        "phase": status.phase,
+        "policy": status.policy,
+        "policy_phase": status.policy_phase,
+        "observed_step": status.observed_step,
+        "sealed_through": status.sealed_through,
+        "num_steps": status.num_steps,
+        "generation": status.generation,
+        "world_size": status.world_size,
+        "plan_version": status.plan_version,
+        "frozen": status.frozen,
+        "mixture": dict(zip(status.domains, status.mixture.shares, strict=True)),
+        "loss": {
+            domain: loss if math.isfinite(loss) else None
+            for domain, loss in zip(status.domains, status.loss, strict=True)
+        },
+        **{name: getattr(status, name) for name in _FIGURES},
+        "decision_ms": {
+            "p50": _finite(status.decision_ms_p50),
+            "p99": _finite(status.decision_ms_p99),
+        },
+        "quarantines": [
+            {"domain": q.domain, "shard": q.shard, "sample": q.sample, "reason": q.reason}
+            for q in status.quarantines
+        ],
+        "workers": [
+            {name: getattr(worker, name) for name in _WORKER_FIGURES} for worker in status.workers
+        ],
+    }
+
+
+_FIGURES = (
+    "tokens",
+    "tokens_per_s",
+    "data_wait_share",
+    "degraded_steps",
+    "missing_reports",
+    "held_decisions",
+)
+_WORKER_FIGURES = (
+    "worker_id",
+    "endpoint",
+    "alive",
+    "lanes",
+    "cache_bytes",
+    "stall_s",
+    "sequences_served",
+)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+@mixture.command("set")
+@told
+def set_mixture(
+    address: Address,
+    shares: Annotated[
+        list[str], typer.Argument(help="DOMAIN=SHARE ..., scaled to 1; the others get 0.")
+    ],
+) -> None:
+    """Override the policy until `headrace resume`; say which step obeys first."""
+    wanted = dict(map(_share, shares))
+    with _admin(address) as admin:
+        first_step = admin.set_mixture(wanted, timeout_s=_TIMEOUT_S)
+    print(f"holds from step {first_step} on")
+
+
+def _share(text: str) -> tuple[str, float]:
+    domain, equals, share = text.rpartition("=")
+    try:
+        if not equals or not domain:
+            raise ValueError
+        return domain, float(share)
+    except ValueError:
+        raise ConfigError(f"a share is DOMAIN=NUMBER, got {text!r}") from None
+
+
+@told
+def freeze(address: Address) -> None:
+    """Hold the mixture in force until `headrace resume`."""
+    with _admin(address) as admin:
+        admin.freeze(timeout_s=_TIMEOUT_S)
+    print("the mixture is held")
+
+
+@told
+def resume(address: Address) -> None:
+    """Give the decision back to the policy, after `mixture set` or `freeze`."""
+    with _admin(address) as admin:
+        admin.resume(timeout_s=_TIMEOUT_S)
+    print("the policy decides again")
+
+
+@told
+def snapshot(address: Address) -> None:
+    """Save the policy's state on the controller's machine; print the path."""
+    with _admin(address) as admin:
+        print(admin.snapshot_policy(timeout_s=_TIMEOUT_S))
+
+
+@told
+def drain(address: Address) -> None:
+    """Tell controller and workers that the run is over: no more decisions."""
+    with _admin(address) as admin:
+        admin.drain(timeout_s=_TIMEOUT_S)
+    print("drained")
+
+
+@told
+def controller(
+    run_file: Annotated[Path, typer.Argument(help="The run file.")],
+) -> None:
+    """Serve a run's controller in the foreground, outside Ray, until Ctrl-C or SIGTERM.
+
+    Builds the dataset index first if there is none. Prints its address when it serves.
+    """
+    import asyncio
+
+    from controller.__main__ import serve
+    from deploy.dataset import ensure_index
+
+    config = load_run_file(run_file)
+    ensure_index(config)
+    asyncio.run(serve(config))

@@ -1,0 +1,250 @@
+"""The local harness: a whole run on this machine, from its data to its report.
+
+what             started by   ends when
+Ray              harness      last of all
+controller       Ray          the trainer is gone
+loader workers   Ray          the trainer is gone
+torchrun, ranks  harness      the run is over, fails, or is stopped; then everything else follows
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from controller.config import RunConfig, load_run_file
+from deploy.dataset import ensure_index
+from deploy.failures import Stopped, TrainerFailed
+from deploy.history import LOG_PATTERN
+from deploy.plots import draw_plots
+from deploy.prepare import prepare_run
+from deploy.processes import ChildProcess, StopSignals
+from deploy.progress import Progress
+from deploy.report import (
+    RECEIVED,
+    examine,
+    make_report,
+    print_report,
+    write_report,
+    write_run_digests,
+)
+from deploy.runfile import RunOptions
+from protos.client import AdminClient
+from protos.errors import HeadraceError, Retryable
+from protos.types import RunStatus
+
+TRAINER_LOG = "trainer.log"
+CHECKPOINTS = "checkpoints"
+CACHE = "cache"
+
+_POLL_S = 0.5
+_STATUS_TIMEOUT_S = 2.0
+_LAST_LINES = 15
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How the training went."""
+
+    status: RunStatus | None
+    """The controller's last word."""
+
+    wall_s: float
+    stopped_by: int | None
+    """The signal that ended the run early."""
+
+
+def run_local(options: RunOptions, console: Console) -> dict[str, Any]:
+    """Make a run, from its data to its report; return what report.json holds.
+
+    Raises:
+        HeadraceError: what went wrong, in a sentence.
+        Stopped: the run was ended by a signal; all that it made so far is on disk.
+    """
+    with Progress(console) as progress:
+        with _terminable():
+            run_file = prepare_run(options, progress)
+            config = load_run_file(run_file)
+            with progress.stage("indexing the shards"):
+                ensure_index(config)
+        outcome = _train(options, config, progress)
+        return _report(options, config, outcome, progress, console)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Have SIGTERM end preparations as Ctrl-C does, so that nothing half-made stays."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _train(options: RunOptions, config: RunConfig, progress: Progress) -> Outcome:
+    # Ray is imported only where it is needed: it takes a second.
+    from deploy.actors import start_controller, start_workers, stop_actors
+    from deploy.local_ray import local_ray, temporary_folder
+
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignals())
+        folder = stack.enter_context(temporary_folder())
+        with progress.stage("starting Ray, controller and workers"):
+            stack.enter_context(local_ray(folder, num_actors=1 + config.workers.count))
+            stop.install()
+            controller, address = start_controller(config, say=progress.say)
+            actors = [controller]
+            stack.callback(lambda: stop_actors(actors[1:], actors[:1]))
+            cache = options.out.resolve() / CACHE
+            actors += start_workers(config, address, cache, say=progress.say)
+            for actor in actors[1:]:
+                actor.wait_started()
+        admin = AdminClient(address)
+        stack.callback(admin.close)
+        started = time.monotonic()
+        trainer = ChildProcess(
+            trainer_command(options, config, address),
+            log=options.out / TRAINER_LOG,
+            env=_trainer_environment(folder),
+        )
+        watch = _Watch(admin, trainer, actors, progress, stop)
+        try:
+            watch.until_the_end()
+        finally:
+            trainer.stop(stop)
+            wall_s = time.monotonic() - started
+            watch.last_status()
+            progress.end_live()
+        if not stop.asked and trainer.poll():
+            raise TrainerFailed(_failure(trainer))
+        return Outcome(status=watch.status, wall_s=wall_s, stopped_by=stop.signal)
+
+
+class _Watch:
+    """Looks at everything twice a second until the trainer ends or somebody wants to stop."""
+
+    def __init__(
+        self,
+        admin: AdminClient,
+        trainer: ChildProcess,
+        actors: list[Any],
+        progress: Progress,
+        stop: StopSignals,
+    ) -> None:
+        self._admin = admin
+        self._trainer = trainer
+        self._actors = actors
+        self._progress = progress
+        self._stop = stop
+        self.status: RunStatus | None = None
+
+    def until_the_end(self) -> None:
+        """Return when the trainer has ended or a signal came."""
+        while self._trainer.poll() is None and not self._stop.wait(_POLL_S):
+            for actor in self._actors:
+                actor.look()
+            self._ask()
+            if self.status is not None:
+                self._progress.show(self.status)
+
+    def last_status(self) -> None:
+        """Hear the controller once more, and tell it that the run is over."""
+        self._ask()
+        try:
+            self._admin.drain(timeout_s=_STATUS_TIMEOUT_S)
+        except HeadraceError as error:
+            self._progress.say(f"the controller could not be told that the run is over: {error}")
+
+    def _ask(self) -> None:
+        try:
+            self.status = self._admin.status(timeout_s=_STATUS_TIMEOUT_S)
+        except Retryable:
+            # Its actor is watched, and training goes on without it.
+            return
+
+
+def trainer_command(options: RunOptions, config: RunConfig, address: str) -> list[str]:
+    """Return the command line of the training script under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={options.ranks}", "-m", "deploy.examples.train"]
+    command += ["--controller", address, "--model", options.model, "--seed", str(config.seed)]
+    command += ["--checkpoint-dir", str(options.out.resolve() / CHECKPOINTS)]
+    command += ["--checkpoint-every", str(options.checkpoint_every)]
+    command += ["--delivery-log", str(options.out.resolve() / RECEIVED)]
+    if options.lr is not None:
+        command += ["--lr", str(options.lr)]
+    if options.until is not None:
+        command += ["--until", str(options.until)]
+    if options.resume:
+        command.append("--resume")
+    return command
+
+
+def _trainer_environment(folder: Path) -> dict[str, str]:
+    from deploy.local_ray import python_path
+
+    ours = {
+        "PYTHONPATH": python_path(),
+        "PYTHONUNBUFFERED": "1",
+        # Ranks share this machine's cores.
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        # Whatever libraries leave behind goes with the run's own folder.
+        "TMPDIR": str(folder),
+    }
+    return {**os.environ, **ours}
+
+
+def _failure(trainer: ChildProcess) -> str:
+    lines = "\n".join(f"  {line}" for line in trainer.last_lines(_LAST_LINES))
+    return (
+        f"the trainer ended with exit status {trainer.poll()}; its log is {trainer.log} and ends "
+        f"with:\n{lines}"
+    )
+
+
+def _report(
+    options: RunOptions,
+    config: RunConfig,
+    outcome: Outcome,
+    progress: Progress,
+    console: Console,
+) -> dict[str, Any]:
+    stopped = None
+    if outcome.stopped_by is not None:
+        stopped = f"stopped by {signal.Signals(outcome.stopped_by).name}"
+        if not any((options.out / RECEIVED).glob(LOG_PATTERN)):
+            raise Stopped(f"{stopped} before the first step")
+    with progress.stage("checking what the trainers received"):
+        findings = examine(options.out)
+    report = make_report(
+        findings,
+        ranks=options.ranks,
+        model=options.model,
+        wall_s=outcome.wall_s,
+        status=outcome.status,
+    )
+    write_report(report, options.out)
+    with progress.stage("drawing plots"):
+        draw_plots(findings.record, tuple(config.data.domains), options.out, title=config.run)
+    if options.digest:
+        write_run_digests(findings, options.out)
+    print_report(report, console)
+    progress.say(f"report, plots and ledger are in {options.out}")
+    if stopped is not None:
+        raise Stopped(f"{stopped} after {report['steps']} steps; --resume goes on")
+    return report
