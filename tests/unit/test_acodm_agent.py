@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,14 @@ from controller.policy.config import AcodmConfig
 
 K, STATE, ROWS = 3, 5, 8
 INITIAL = np.array([0.5, 0.3, 0.2])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make_agent(**settings: object) -> Agent:
