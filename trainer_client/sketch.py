@@ -1,9 +1,11 @@
 """Per-domain gradients of a linear layer, or small random projections of them.
 
 For inputs a (tokens x in) and output gradients d (tokens x out) a domain's gradient is the sum over
-its tokens of d a^T. Its sketch is (dP)^T (aQ). With independent entries of mean 0 and variance 1/p
-in P (out x p) and 1/q in Q (in x q), inner products of sketches are unbiased estimates of inner
-products of gradients.
+its tokens of d a^T. Its sketch is (dP)^T (aQ) with random P (out x p) and Q (in x q). If the means
+of P P^T and Q Q^T are identities, inner products of sketches are unbiased estimates of inner
+products of gradients. Random orthonormal columns, scaled, have that property as independent
+Gaussian entries have it, and less variance: a quarter less error at a width of 128 and p = q = 64,
+none where p >= out and q >= in.
 """
 
 from __future__ import annotations
@@ -47,9 +49,7 @@ class LayerSketch:
         seed = raw_uint64(1, self._spec.seed, "sketch", self._layer_index, int(step))[0]
         generator = torch.Generator().manual_seed(int(seed >> 1))
         for projection in self._projections:
-            # Drawn on the host, so that ranks on different devices agree.
-            drawn = torch.randn(projection.shape, generator=generator)
-            drawn *= projection.shape[1] ** -0.5
+            drawn = draw_projection(*projection.shape, generator)
             if projection.is_cuda:
                 drawn = drawn.pin_memory()
             projection.copy_(drawn, non_blocking=True)
@@ -68,3 +68,16 @@ class LayerSketch:
             gradients = gradients @ self._projections[0].to(gradients.dtype)
         rows = torch.bmm(gradients.float().transpose(1, 2), projected_inputs.float())
         self.sums.index_add_(0, domain_ids, rows)
+
+
+def draw_projection(size: int, sketch_size: int, generator: torch.Generator) -> torch.Tensor:
+    """Return a random [size, sketch_size] matrix P; the mean of P P^T is the identity.
+
+    Drawn on the host, so that ranks on different devices agree.
+    """
+    if sketch_size >= size:
+        gaussian = torch.randn(sketch_size, size, generator=generator)
+        return torch.linalg.qr(gaussian).Q.T.contiguous()
+    gaussian = torch.randn(size, sketch_size, generator=generator)
+    # The columns span a uniformly random subspace, whatever signs the factorisation chooses.
+    return torch.linalg.qr(gaussian).Q * (size / sketch_size) ** 0.5

@@ -136,6 +136,16 @@ def test_the_estimate_is_unbiased_over_seeds(seed: int) -> None:
     assert (np.abs(stacked.mean(axis=0) - expected) < 5 * error).all()
 
 
+def test_a_sketch_as_large_as_the_layer_is_exact() -> None:
+    torch.manual_seed(0)
+    model = TinyModel()
+    batches = make_batches([[0, 1, 2, 3], [2, 0]])
+    with watching(model, ProbeSpec(sketch_rows=12, sketch_columns=30)) as probe:
+        found = measure(probe, model, batches)
+        expected = expected_alignment(probe, model, batches)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
 def test_a_model_that_only_evaluates_is_not_measured() -> None:
     torch.manual_seed(0)
     model = TinyModel()
