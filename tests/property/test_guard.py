@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from controller.guard import Guard, GuardConfig
@@ -31,6 +31,7 @@ def mixtures(draw: st.DrawFn, num_domains: int) -> tuple[float, ...]:
     return tuple(weight / total for weight in weights)
 
 
+@settings(deadline=None)
 @given(data=st.data(), num_domains=st.integers(1, 30))
 def test_shares_lie_between_floor_and_ceiling(data: st.DataObject, num_domains: int) -> None:
     limits = data.draw(bounds(num_domains))
@@ -41,6 +42,7 @@ def test_shares_lie_between_floor_and_ceiling(data: st.DataObject, num_domains: 
     assert max(result.mixture.shares) <= limits["max_share"] + UNIT
 
 
+@settings(deadline=None)
 @given(data=st.data(), num_domains=st.integers(1, 30))
 def test_what_is_given_out_passes_unchanged(data: st.DataObject, num_domains: int) -> None:
     limits = data.draw(bounds(num_domains))
@@ -51,6 +53,7 @@ def test_what_is_given_out_passes_unchanged(data: st.DataObject, num_domains: in
     assert again.reasons == ()
 
 
+@settings(deadline=None)
 @given(data=st.data(), num_domains=st.integers(2, 30), change=st.floats(1e-6, 1))
 def test_no_share_changes_by_more_than_allowed(
     data: st.DataObject, num_domains: int, change: float
@@ -67,6 +70,7 @@ def test_no_share_changes_by_more_than_allowed(
     assert max(given_out.shares) <= limits["max_share"] + UNIT
 
 
+@settings(deadline=None)
 @given(data=st.data(), num_domains=st.integers(1, 30), sequences=st.integers(1, 20))
 def test_the_floor_is_rounded_up_so_that_whole_sequences_hold(
     data: st.DataObject, num_domains: int, sequences: int
@@ -80,6 +84,7 @@ def test_the_floor_is_rounded_up_so_that_whole_sequences_hold(
     assert min(result.mixture.shares_q32) * global_sequences >= sequences * SHARE_ONE
 
 
+@settings(deadline=None)
 @given(data=st.data(), num_domains=st.integers(2, 30))
 def test_domains_read_to_their_end_get_nothing_unless_all_are(
     data: st.DataObject, num_domains: int
@@ -97,6 +102,7 @@ def test_domains_read_to_their_end_get_nothing_unless_all_are(
         assert np.array(result.mixture.shares_q32)[spent].sum() == 0
 
 
+@settings(deadline=None)
 @given(data=st.data(), num_domains=st.integers(2, 30))
 def test_shares_at_no_bound_keep_their_proportions(data: st.DataObject, num_domains: int) -> None:
     limits = data.draw(bounds(num_domains))
@@ -114,6 +120,7 @@ def test_shares_at_no_bound_keep_their_proportions(data: st.DataObject, num_doma
         assert np.allclose(factors, factors[0], rtol=1e-4)
 
 
+@settings(deadline=None)
 @given(
     proposal=st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=6),
     num_domains=st.integers(1, 5),
