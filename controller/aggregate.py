@@ -1,0 +1,241 @@
+"""The ranks' reports of a generation: checked, kept apart by step, added up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controller.observation import StepObservation
+from protos.errors import InvalidMessage, StaleGeneration
+from protos.slots import lanes_of, rank_slots
+from protos.types import Cursors, Generation, Mixture, Rank, RunSpec, Step, StepReport
+
+MAX_DEGRADED_STEPS_AHEAD = 100_000
+"""How far beyond the last seal a rank can have got without the controller."""
+
+_LOSS_SLACK = 1e-6
+"""Nats a token by which rounding may take a loss below 0."""
+
+
+@dataclass(eq=False, slots=True)
+class StepReports:
+    """The reports of one step."""
+
+    first_heard_s: float
+    by_rank: dict[Rank, StepReport] = field(default_factory=dict)
+
+
+class Aggregator:
+    """Collects the reports of one generation; its steps are closed one after the other.
+
+    A report of a closed step is late: it changes no decision.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        *,
+        generation: Generation,
+        world_size: int,
+        first_step: Step,
+        now: Callable[[], float],
+    ) -> None:
+        self.generation = generation
+        self.world_size = world_size
+        self.next_step = first_step
+        """The first step that is not closed."""
+
+        self._spec = spec
+        self._now = now
+        self._pending: dict[Step, StepReports] = {}
+
+    def add(self, report: StepReport, *, sealed_through: int) -> bool:
+        """Take a report in; return False if it was known already or comes too late.
+
+        Raises:
+            StaleGeneration: it is of another generation.
+            InvalidMessage: a field cannot be right; nothing has changed.
+        """
+        self._check(report, sealed_through)
+        if report.step < self.next_step:
+            return False
+        reports = self._pending.get(report.step)
+        if reports is None:
+            reports = self._pending[report.step] = StepReports(first_heard_s=self._now())
+        if report.rank in reports.by_rank:
+            return False
+        self._check_norms(report, reports)
+        reports.by_rank[report.rank] = report
+        return True
+
+    def is_complete(self) -> bool:
+        """Say whether every rank has reported the next step."""
+        reports = self._pending.get(self.next_step)
+        return reports is not None and len(reports.by_rank) == self.world_size
+
+    def waiting_since_s(self) -> float | None:
+        """Return when the first report came of the next step or a later one; None: none has."""
+        return min((reports.first_heard_s for reports in self._pending.values()), default=None)
+
+    def first_reported(self) -> Step | None:
+        """Return the first step that is not closed and has a report; None: there is none."""
+        return min(self._pending, default=None)
+
+    def close(self) -> list[StepReport]:
+        """Close the next step; return its reports in the order of ranks."""
+        reports = self._pending.pop(self.next_step, None)
+        self.next_step = Step(self.next_step + 1)
+        if reports is None:
+            return []
+        return [reports.by_rank[rank] for rank in sorted(reports.by_rank)]
+
+    def skip_to(self, step: Step) -> None:
+        """Close all steps before `step`, which nobody has reported."""
+        assert not any(pending < step for pending in self._pending)
+        self.next_step = max(self.next_step, step)
+
+    def _check(self, report: StepReport, sealed_through: int) -> None:
+        if report.generation != self.generation:
+            raise StaleGeneration(
+                f"rank {report.rank} reports step {report.step} in generation "
+                f"{report.generation}, but generation {self.generation} has begun since; join again"
+            )
+        who = f"report of rank {report.rank}, step {report.step}"
+        if not 0 <= report.rank < self.world_size:
+            raise InvalidMessage(f"{who}: rank must be in 0..{self.world_size - 1}")
+        limit = sealed_through + (MAX_DEGRADED_STEPS_AHEAD if report.degraded else 0)
+        if not 0 <= report.step <= limit:
+            raise InvalidMessage(
+                f"{who}: step lies in the future, plans are final through step {sealed_through}"
+            )
+        _check_numbers(report, self._spec, self.world_size, who)
+        _check_cursors(report, self._spec, self.world_size, who)
+
+    def _check_norms(self, report: StepReport, reports: StepReports) -> None:
+        for other in reports.by_rank.values():
+            for name in ("weight_norms", "update_norms"):
+                here, there = getattr(report, name), getattr(other, name)
+                if here and there and len(here) != len(there):
+                    raise InvalidMessage(
+                        f"report of rank {report.rank}, step {report.step}: {name} has "
+                        f"{len(here)} numbers, but rank {other.rank} sent {len(there)}"
+                    )
+
+
+def _check_numbers(report: StepReport, spec: RunSpec, world_size: int, who: str) -> None:
+    num_domains = spec.num_domains
+    per_domain = (
+        ("sequences", report.sequences),
+        ("tokens", report.tokens),
+        ("loss_sum", report.loss_sum),
+    )
+    for name, array in per_domain:
+        _check_array(name, array, (num_domains,), who)
+    for name, array in per_domain[:2]:
+        if (array < 0).any():
+            raise InvalidMessage(f"{who}: {name} must not be negative, got {array.tolist()}")
+    slots = rank_slots(report.rank, world_size=world_size, global_sequences=spec.global_sequences)
+    if report.sequences.sum() > len(slots):
+        raise InvalidMessage(
+            f"{who}: sequences add up to {report.sequences.sum()}, but the rank has {len(slots)} "
+            "slots"
+        )
+    if (report.tokens > report.sequences * spec.sequence_length).any():
+        raise InvalidMessage(
+            f"{who}: tokens {report.tokens.tolist()} are more than sequences "
+            f"{report.sequences.tolist()} of {spec.sequence_length} tokens hold"
+        )
+    if (report.loss_sum < -_LOSS_SLACK * report.tokens).any():
+        raise InvalidMessage(
+            f"{who}: loss_sum must not be negative, got {report.loss_sum.tolist()}"
+        )
+    if report.alignment_part is not None:
+        _check_array("alignment_part", report.alignment_part, (num_domains, num_domains), who)
+    if not 0 <= report.alignment_share <= 1:
+        raise InvalidMessage(
+            f"{who}: alignment_share must be in 0..1, got {report.alignment_share}"
+        )
+    for name in ("step_s", "data_wait_s", "probe_s"):
+        _check_measure(name, getattr(report, name), who)
+    for name in ("weight_norms", "update_norms"):
+        for norm in getattr(report, name):
+            _check_measure(name, norm, who)
+
+
+def _check_array(
+    name: str,
+    array: NDArray[np.int64] | NDArray[np.float64],
+    shape: tuple[int, ...],
+    who: str,
+) -> None:
+    if array.shape != shape:
+        raise InvalidMessage(f"{who}: {name} must have the shape {shape}, got {array.shape}")
+    if not np.isfinite(array).all():
+        raise InvalidMessage(f"{who}: {name} must be finite, got {array.tolist()}")
+
+
+def _check_measure(name: str, value: float, who: str) -> None:
+    if not math.isfinite(value) or value < 0:
+        raise InvalidMessage(f"{who}: {name} must be finite and not negative, got {value}")
+
+
+def _check_cursors(report: StepReport, spec: RunSpec, world_size: int, who: str) -> None:
+    slots = rank_slots(report.rank, world_size=world_size, global_sequences=spec.global_sequences)
+    own = set(lanes_of(slots, slots_per_lane=spec.slots_per_lane))
+    for lane, places in report.cursors.items():
+        if lane not in own:
+            raise InvalidMessage(f"{who}: it holds a cursor of lane {lane}, which is another's")
+        if places.shape != (spec.num_domains, 3):
+            raise InvalidMessage(
+                f"{who}: the cursor of lane {lane} must have the shape "
+                f"{(spec.num_domains, 3)}, got {places.shape}"
+            )
+
+
+def add_up(
+    reports: list[StepReport], spec: RunSpec, *, step: Step, planned: Mixture, world_size: int
+) -> StepObservation:
+    """Add the reports of a step up; those that are missing count as nothing."""
+    num_domains = spec.num_domains
+    zeros = np.zeros(num_domains, dtype=np.int64)
+    return StepObservation(
+        step=step,
+        num_steps=spec.num_steps,
+        planned=np.asarray(planned.shares),
+        sequences=sum((report.sequences for report in reports), zeros),
+        tokens=sum((report.tokens for report in reports), zeros),
+        loss_sum=sum((report.loss_sum for report in reports), np.zeros(num_domains)),
+        alignment=_alignment(reports),
+        weight_norms=_mean_norms([report.weight_norms for report in reports]),
+        update_norms=_mean_norms([report.update_norms for report in reports]),
+        num_missing_ranks=world_size - len(reports),
+    )
+
+
+def _alignment(reports: list[StepReport]) -> NDArray[np.float64] | None:
+    """Sum the parts; what is missing of the sketch only makes the estimate noisier."""
+    sent = [
+        (report.alignment_part, report.alignment_share)
+        for report in reports
+        if report.alignment_part is not None and report.alignment_share > 0
+    ]
+    if not sent:
+        return None
+    total: NDArray[np.float64] = np.sum([part for part, _ in sent], axis=0)
+    share = math.fsum(share for _, share in sent)
+    # Shares such as three thirds do not add up to 1 exactly.
+    return total if math.isclose(share, 1.0, rel_tol=1e-9) else total / share
+
+
+def _mean_norms(sent: list[tuple[float, ...]]) -> NDArray[np.float64]:
+    rows = [norms for norms in sent if norms]
+    return np.mean(np.asarray(rows, dtype=np.float64), axis=0) if rows else np.zeros(0)
+
+
+def cursors_after(reports: list[StepReport]) -> Cursors:
+    """Return the lanes' places after the step; ranks that share a lane hold the same place."""
+    return {lane: places for report in reports for lane, places in report.cursors.items()}

@@ -1,0 +1,250 @@
+"""A controller from its run file to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from controller import history as past
+from controller.bad_share import BadShare
+from controller.config import RunConfig, run_spec
+from controller.guard import Guard
+from controller.history import History
+from controller.ledger import Ledger
+from controller.loop import ControlLoop, Hands, Pace
+from controller.metrics import Metrics
+from controller.policy import artefact
+from controller.policy.base import Policy, PolicyContext
+from controller.policy.registry import initial_mixture, make_policy
+from controller.policy_runner import PolicyRunner
+from controller.service import Blobs, Service
+from controller.snapshots import Snapshots
+from controller.state import RunState
+from controller.threads import SingleThread
+from controller.workers import Workers
+from protos.dataset_index import DatasetIndex
+from protos.errors import AlreadyServing, ConfigError, IndexMismatch, TokenizerInvalid
+from protos.security import split_address
+from protos.server import serving_controller
+from protos.tokenizer import TokenizerInfo, describe_tokenizer
+from protos.types import Mixture, RunSpec
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 2.0
+"""How long calls under way may go on when the controller stops."""
+
+SAVE_S = 10.0
+"""How long saving the policy may take when the controller stops."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A run before its ledger is opened: all that can be wrong with it has been checked."""
+
+    spec: RunSpec
+    policy: Policy
+    initial: Mixture
+    guard: Guard
+    blobs: Blobs
+    bad_share: BadShare
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Read what the run file names, and check that it fits together.
+
+    Raises:
+        ConfigError: settings contradict one another or the data.
+        UnknownDomain: a mixture names a domain that the run does not have.
+        DataError: the index or the tokenizer cannot be used.
+    """
+    index_bytes = _read(config.data.index)
+    index = DatasetIndex.from_parquet(index_bytes, source=str(config.data.index))
+    tokenizer_bytes, tokenizer = _tokenizer(config)
+    # The domains must be the index's before their sizes are asked for.
+    spec = run_spec(config, index, tokenizer, frozenset())
+    context = PolicyContext(
+        domains=spec.domains,
+        domain_sizes=tuple(float(index.text_bytes(domain)) for domain in spec.domains),
+        num_steps=spec.num_steps,
+        global_sequences=spec.global_sequences,
+        seed=spec.seed,
+    )
+    policy = make_policy(config.policy, context)
+    return Prepared(
+        spec=run_spec(config, index, tokenizer, policy.needs),
+        policy=policy,
+        initial=Mixture.from_shares(initial_mixture(config.policy, context)),
+        guard=Guard(config.guard, context),
+        blobs=Blobs(index=index_bytes, tokenizer=tokenizer_bytes),
+        bad_share=BadShare(index, limit=config.data.max_bad_share),
+    )
+
+
+async def run_controller(
+    config: RunConfig, *, on_ready: Callable[[str], None], stop: asyncio.Event
+) -> None:
+    """Serve a run until `stop` is set; `on_ready` hears the address.
+
+    Raises:
+        AlreadyServing: another controller holds the ledger or the port.
+        ConfigError: settings contradict one another, the data or the ledger.
+        DataError: the index or the tokenizer cannot be used.
+        LedgerError: the ledger is damaged or cannot be written.
+    """
+    prepared = await asyncio.to_thread(prepare, config)
+    _check_port(config.address)
+    async with AsyncExitStack() as stack:
+        ledger_thread = SingleThread("headrace-ledger")
+        stack.callback(ledger_thread.close, 10.0)
+        ledger = await ledger_thread.call(Ledger, config.ledger_path)
+        stack.push_async_callback(ledger_thread.call, ledger.close)
+        history = await ledger_thread.call(_open_history, ledger, config, prepared)
+        runner = PolicyRunner(prepared.policy, budget_s=config.guard.time_budget_s)
+        stack.callback(runner.close, config.guard.time_budget_s)
+        await _bring_up(runner, history, ledger, ledger_thread)
+        loop, service = _assemble(config, prepared, history, ledger, ledger_thread, runner)
+        deciding = await stack.enter_async_context(_deciding(loop))
+        address = await stack.enter_async_context(
+            serving_controller(
+                service,
+                service,
+                address=config.address,
+                security=config.wire_security,
+                drain_s=DRAIN_S,
+            )
+        )
+        stack.callback(service.stop)
+        logger.info("serving run=%s address=%s", prepared.spec.run_id, address)
+        on_ready(address)
+        await _until(stop, deciding)
+
+
+def _check_port(address: str) -> None:
+    """Refuse a port that is taken before anything is written."""
+    host, port = split_address(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+        except OSError as error:
+            raise AlreadyServing(
+                f"cannot serve {address}: {error.strerror}; stop the process that holds the port "
+                "or choose another address"
+            ) from error
+
+
+def _open_history(ledger: Ledger, config: RunConfig, prepared: Prepared) -> History:
+    settings = config.model_dump(mode="json")
+    past.begin(ledger, prepared.spec, prepared.initial, settings)
+    return past.read_history(ledger, prepared.spec)
+
+
+async def _bring_up(
+    runner: PolicyRunner, history: History, ledger: Ledger, ledger_thread: SingleThread
+) -> None:
+    """Bring the policy to where it was: the newest snapshot that fits, and what came after it."""
+    for step, path in [*history.snapshots, (-1, None)]:
+        if path is not None and not path.is_file():
+            continue
+        records = await ledger_thread.call(
+            lambda after: list(past.records_after(ledger, after)), step
+        )
+        try:
+            state = artefact.load(path) if path is not None else None
+            await runner.restore(state, records)
+        except (ConfigError, ValueError) as error:
+            logger.warning("the policy's state %s cannot be used: %s", path, error)
+            continue
+        logger.info("policy replayed %d steps after step %d", len(records), step)
+        return
+
+
+def _assemble(
+    config: RunConfig,
+    prepared: Prepared,
+    history: History,
+    ledger: Ledger,
+    ledger_thread: SingleThread,
+    runner: PolicyRunner,
+) -> tuple[ControlLoop, Service]:
+    now = time.monotonic
+    workers = Workers(prepared.spec, expiry_s=config.control.worker_timeout_s, now=now)
+    workers.quarantine(history.quarantines)
+    metrics = Metrics(prepared.spec.num_domains, history.totals, now=now)
+    hands = Hands(
+        ledger=ledger,
+        ledger_thread=ledger_thread,
+        policy=runner,
+        guard=prepared.guard,
+        workers=workers,
+        snapshots=Snapshots(config.snapshots_path),
+        metrics=metrics,
+    )
+    pace = Pace(
+        report_grace_s=config.control.report_grace_s,
+        snapshot_every=config.control.snapshot_every,
+    )
+    state = RunState(prepared.spec, history, now=now)
+    loop = ControlLoop(state, hands, steering=history.steering, pace=pace, now=now)
+    service = Service(
+        loop,
+        workers=workers,
+        metrics=metrics,
+        policy=runner,
+        blobs=prepared.blobs,
+        bad_share=prepared.bad_share,
+    )
+    return loop, service
+
+
+@asynccontextmanager
+async def _deciding(loop: ControlLoop) -> AsyncIterator[asyncio.Task[None]]:
+    """Run the decision loop; at the end save the policy and what was noted."""
+    task = asyncio.create_task(loop.run())
+    try:
+        yield task
+    finally:
+        await loop.stop(task, timeout_s=SAVE_S)
+
+
+async def _until(stop: asyncio.Event, deciding: asyncio.Task[None]) -> None:
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({stopping, deciding}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+    if deciding.done():
+        deciding.result()
+
+
+def _tokenizer(config: RunConfig) -> tuple[bytes, TokenizerInfo | None]:
+    path = config.data.tokenizer
+    if path is None:
+        return b"", None
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TokenizerInvalid(
+            f"cannot read the tokenizer {path}: {error.strerror}; check data.tokenizer"
+        ) from error
+    return data, describe_tokenizer(data, eot_token=config.data.eot_token, source=str(path))
+
+
+def _read(path: Path) -> bytes:
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            return path.read_bytes()
+        except PermissionError as error:
+            raise IndexMismatch(f"cannot read the index {path}: {error.strerror}") from error
+    raise IndexMismatch(
+        f"there is no dataset index at {path}; build it with `headrace index RUN_FILE`"
+    )

@@ -1,0 +1,316 @@
+"""The run file: the one place where a run is described, and the controller its one reader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from controller.config_errors import first_sentence
+from controller.guard import GuardConfig
+from controller.policy.base import Statistic
+from controller.policy.config import PolicyConfig
+from protos.apportion import MAX_GLOBAL_SEQUENCES
+from protos.dataset_index import DatasetIndex
+from protos.errors import ConfigError, DomainEmpty, IndexMismatch
+from protos.security import Security, check_bind, split_address
+from protos.tokenizer import TokenizerInfo
+from protos.types import ProbeSpec, RunSpec
+
+Whole = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of the run file: unknown keys are errors, and nothing changes once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DomainSection(Section):
+    """Where a domain's documents are."""
+
+    shards: tuple[str, ...] = Field(min_length=1)
+    """Paths or glob patterns of webdataset shards."""
+
+
+class DataSection(Section):
+    """What is read."""
+
+    index: Path
+    tokenizer: Path | None = None
+    """None: every shard holds token ids; then `vocab_size` and `eot_id` are required."""
+
+    eot_token: str = "<|endoftext|>"
+    vocab_size: Count | None = None
+    eot_id: Whole | None = None
+    text_field: str = Field(default="text", min_length=1)
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the samples that may be unreadable before the run refuses to go on."""
+
+    domains: dict[str, DomainSection] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _tokens_are_known(self) -> DataSection:
+        if self.tokenizer is None and (self.vocab_size is None or self.eot_id is None):
+            raise ValueError("without data.tokenizer, data.vocab_size and data.eot_id must be set")
+        if self.vocab_size is not None and (self.eot_id or 0) >= self.vocab_size:
+            raise ValueError(
+                f"eot_id must be below vocab_size = {self.vocab_size}, got {self.eot_id}"
+            )
+        return self
+
+
+class BatchSection(Section):
+    """The shape of a global batch, and how its data is shuffled."""
+
+    global_sequences: Annotated[int, Field(strict=True, ge=1, le=MAX_GLOBAL_SEQUENCES)]
+    sequence_length: Count
+    lanes: Count = 8
+    window_samples: Count = 4096
+    interleave: Count = 4
+
+    @model_validator(mode="after")
+    def _parts_are_equal(self) -> BatchSection:
+        if self.global_sequences % self.lanes:
+            raise ValueError(
+                f"global_sequences must be a multiple of lanes = {self.lanes}, "
+                f"got {self.global_sequences}"
+            )
+        if self.window_samples % self.interleave:
+            raise ValueError(
+                f"window_samples must be a multiple of interleave = {self.interleave}, "
+                f"got {self.window_samples}"
+            )
+        return self
+
+
+class ControlSection(Section):
+    """How far ahead the controller decides, and for how long it waits for others."""
+
+    lag: Count = 2
+    """A report of step s decides the plan of step s + lag."""
+
+    report_grace_s: Seconds = 10.0
+    """How long a decision waits for reports that others have sent."""
+
+    degraded_after_s: Seconds = 10.0
+    """How long a worker waits for a silent controller before it goes on with the last plan."""
+
+    data_timeout_s: Seconds = 90.0
+    worker_timeout_s: Seconds = 10.0
+    """A worker that has been silent for so long is lost."""
+
+    snapshot_every: Count = 100
+    """Steps between snapshots of the policy."""
+
+
+class ProbeSection(Section):
+    """How trainers measure gradients, where the policy needs them."""
+
+    mode: Literal["sketch", "exact"] = "sketch"
+    sketch_rows: Count = 64
+    sketch_columns: Count = 64
+    every_n_steps: Count = 1
+    num_layers: Count = 3
+    layers: tuple[str, ...] = ()
+
+
+class WorkersSection(Section):
+    """Loader workers, for whoever starts them."""
+
+    count: Count = 2
+    cache_dir: Path | None = None
+    cache_bytes: Count = 10_000_000_000
+    threads: Count = 1
+
+
+class SecuritySection(Section):
+    """How the controller's port is guarded."""
+
+    insecure: bool = False
+    """Bind an address beyond this machine without encryption or credentials."""
+
+
+class RunConfig(Section):
+    """A whole run file."""
+
+    run: str = Field(min_length=1, max_length=200)
+    seed: Whole = 0
+    steps: Count
+    out: Path
+    address: str = "127.0.0.1:7700"
+    """`host:port`; port 0 takes any free one."""
+
+    data: DataSection
+    batch: BatchSection
+    policy: PolicyConfig
+    guard: GuardConfig = GuardConfig()
+    control: ControlSection = ControlSection()
+    probe: ProbeSection = ProbeSection()
+    workers: WorkersSection = WorkersSection()
+    security: SecuritySection = SecuritySection()
+
+    @field_validator("address")
+    @classmethod
+    def _is_an_address(cls, address: str) -> str:
+        try:
+            split_address(address)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return address
+
+    @model_validator(mode="after")
+    def _is_guarded(self) -> RunConfig:
+        try:
+            check_bind(self.address, self.wire_security)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def wire_security(self) -> Security:
+        """The `security` section as the servers take it."""
+        return Security(insecure=self.security.insecure)
+
+    @property
+    def ledger_path(self) -> Path:
+        """Where the run's ledger lies."""
+        return self.out / "ledger.sqlite"
+
+    @property
+    def snapshots_path(self) -> Path:
+        """The folder of the policy's snapshots."""
+        return self.out / "policy"
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would silently drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} is given twice, the second time on line {line}"
+                )
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_run_file(path: Path) -> RunConfig:
+    """Read a run file.
+
+    Raises:
+        ConfigError: it is missing, is not YAML, or says something impossible.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"cannot read the run file {path}: {reason}") from error
+    try:
+        document = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" on line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path} is not valid YAML: {error.problem}{place}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    return parse_run(document, source=str(path))
+
+
+def parse_run(document: object, *, source: str) -> RunConfig:
+    """Check what a run file says; `source` names it in errors.
+
+    Raises:
+        ConfigError: it says something impossible.
+    """
+    if not isinstance(document, Mapping):
+        raise ConfigError(
+            f"{source}: a run file must be a mapping of keys, got {type(document).__name__}"
+        )
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {first_sentence(error, RunConfig)}") from None
+
+
+def run_spec(
+    config: RunConfig,
+    index: DatasetIndex,
+    tokenizer: TokenizerInfo | None,
+    needs: frozenset[Statistic],
+) -> RunSpec:
+    """Return what all processes of the run must agree on.
+
+    Raises:
+        IndexMismatch: the index has other domains than the run.
+        DomainEmpty: a domain has too few samples to give each lane one.
+        ConfigError: the tokenizer and the run file differ.
+    """
+    _check_index(config, index)
+    vocab_size, eot_id = _token_ids(config, tokenizer)
+    probe = None
+    if needs & {Statistic.ALIGNMENT, Statistic.NORMS}:
+        probe = ProbeSpec(seed=config.seed, **config.probe.model_dump())
+    return RunSpec(
+        run_id=config.run,
+        seed=config.seed,
+        domains=tuple(config.data.domains),
+        num_steps=config.steps,
+        lag=config.control.lag,
+        vocab_size=vocab_size,
+        eot_id=eot_id,
+        text_field=config.data.text_field,
+        index_sha256=index.sha256,
+        tokenizer_sha256=tokenizer.sha256 if tokenizer else "",
+        degraded_after_s=config.control.degraded_after_s,
+        data_timeout_s=config.control.data_timeout_s,
+        probe=probe,
+        **config.batch.model_dump(),
+    )
+
+
+def _check_index(config: RunConfig, index: DatasetIndex) -> None:
+    wanted = tuple(config.data.domains)
+    remedy = "build it again with `headrace index`"
+    if index.domains != wanted:
+        raise IndexMismatch(
+            f"{config.data.index} has the domains {', '.join(index.domains) or 'none'}, the run "
+            f"{', '.join(wanted)}, in this order; {remedy}"
+        )
+    for domain in wanted:
+        num_samples = index.num_samples(domain)
+        if num_samples < config.batch.lanes:
+            raise DomainEmpty(
+                f"domain {domain!r} has {num_samples} samples in {config.data.index}, but each of "
+                f"the {config.batch.lanes} lanes needs at least one: add shards to "
+                f"data.domains.{domain}.shards, or lower batch.lanes"
+            )
+
+
+def _token_ids(config: RunConfig, tokenizer: TokenizerInfo | None) -> tuple[int, int]:
+    data = config.data
+    if tokenizer is None:
+        if data.vocab_size is None or data.eot_id is None:
+            raise ConfigError("without data.tokenizer, data.vocab_size and data.eot_id must be set")
+        return data.vocab_size, data.eot_id
+    for key, given, found in (
+        ("vocab_size", data.vocab_size, tokenizer.vocab_size),
+        ("eot_id", data.eot_id, tokenizer.eot_id),
+    ):
+        # A vocabulary may be padded to a rounder size than the tokenizer's.
+        padded = key == "vocab_size" and given is not None and given > found
+        if given is not None and given != found and not padded:
+            raise ConfigError(
+                f"data.{key} is {given}, but {data.tokenizer} says {found}; leave data.{key} out"
+            )
+    return data.vocab_size or tokenizer.vocab_size, tokenizer.eot_id

@@ -1,0 +1,207 @@
+"""What a ledger says of the run so far: all that a controller needs to go on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from controller.ledger import Ledger
+from controller.ledger_schema import (
+    CARRY_EVERY,
+    Entry,
+    Kind,
+    StepRecord,
+    cursors_of,
+    membership_of,
+    plan_entry,
+    plan_of,
+    quarantine_of,
+    step_record_of,
+)
+from controller.membership import Membership
+from controller.metrics import Totals
+from protos.apportion import no_carry
+from protos.errors import ConfigError
+from protos.planbook import PlanBook
+from protos.types import Cursors, Lane, Mixture, Places, Plan, Quarantine, RunSpec, Step
+
+LaneCursors = dict[Lane, tuple[Step, Places]]
+"""Each lane's newest known place, and the step before which it stands."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Steering:
+    """Whether an operator holds the wheel."""
+
+    override: Mixture | None = None
+    frozen: bool = False
+
+    def as_entry(self) -> Entry:
+        """Record it."""
+        shares = None if self.override is None else list(self.override.shares_q32)
+        return Entry(
+            kind=Kind.CONTROL, step=-1, body={"override_q32": shares, "frozen": self.frozen}
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class History:
+    """A run as its ledger has it."""
+
+    book: PlanBook
+    """The newest plans; see `book_from` for older ones."""
+
+    observed_through: int
+    sealed_through: int
+    membership: Membership | None
+    closed_through: int
+    """Last step of that membership that is closed; -1: none."""
+
+    cursors: LaneCursors
+    steering: Steering
+    totals: Totals
+    quarantines: tuple[Quarantine, ...] = ()
+    snapshots: list[tuple[Step, Path]] = field(default_factory=list)
+    """Newest first: the step after which the policy was saved, and where."""
+
+
+def begin(ledger: Ledger, spec: RunSpec, initial: Mixture, settings: Mapping[str, object]) -> None:
+    """Record that a controller starts, and at the first start the plan of step 0.
+
+    Raises:
+        ConfigError: the ledger belongs to a run whose data has another order.
+    """
+    order = {"order_sha256": spec.order_sha256(), "run": spec.run_id}
+    entries = [
+        Entry(kind=Kind.RUN, step=-1, body={**order, "settings": dict(settings)}),
+    ]
+    known = ledger.newest(Kind.RUN)
+    if known is None:
+        carry = no_carry(spec.num_domains).tolist()
+        plan = Plan(version=1, first_step=Step(0), mixture=initial, carry_q32=tuple(carry))
+        entries.append(plan_entry(plan, reason="the run begins"))
+    else:
+        for name, value in order.items():
+            if known.body[name] != value:
+                raise ConfigError(
+                    f"the ledger {ledger.path} belongs to another run: its {name} is "
+                    f"{known.body[name]}, this run's is {value} (seed, domains, batch, index or "
+                    "tokenizer differ); give this run another `out`"
+                )
+    ledger.commit(entries)
+
+
+def read_history(ledger: Ledger, spec: RunSpec) -> History:
+    """Read what a controller needs to go on; `begin` has been called on the ledger."""
+    seal = ledger.newest(Kind.SEAL)
+    sealed_through = seal.step if seal is not None else -1
+    generation = ledger.newest(Kind.GENERATION)
+    membership = membership_of(generation) if generation is not None else None
+    cursors: LaneCursors = {}
+    if generation is not None and membership is not None:
+        cursors = _newest_cursors(ledger, membership, after_seq=generation.seq)
+    step = ledger.newest(Kind.STEP)
+    closed = [
+        row.step
+        for row in (step, ledger.newest(Kind.SKIP))
+        if row is not None
+        and membership is not None
+        and row.body["generation"] == membership.generation
+    ]
+    control = ledger.newest(Kind.CONTROL)
+    steering = Steering()
+    if control is not None:
+        shares = control.body["override_q32"]
+        steering.override = None if shares is None else Mixture(tuple(shares))
+        steering.frozen = control.body["frozen"]
+    return History(
+        book=book_from(ledger, Step(sealed_through + 1), spec),
+        observed_through=seal.body["observed_through"] if seal is not None else -1,
+        sealed_through=sealed_through,
+        membership=membership,
+        closed_through=max(closed, default=-1),
+        cursors=cursors,
+        steering=steering,
+        totals=Totals.from_json(step.body["totals"]) if step is not None else Totals(),
+        quarantines=tuple(quarantine_of(row) for row in ledger.rows(Kind.QUARANTINE)),
+        snapshots=[
+            (Step(row.step), Path(row.body["path"]))
+            for row in ledger.rows(Kind.SNAPSHOT, newest_first=True)
+        ],
+    )
+
+
+def book_from(ledger: Ledger, step: Step, spec: RunSpec) -> PlanBook:
+    """Return the plans in force from `step` on, beginning at most `CARRY_EVERY` steps before it."""
+    start, carry = Step(0), None
+    for row in ledger.rows(Kind.SEAL, max_step=step - 1, newest_first=True):
+        if "carry_q32" in row.body:
+            start, carry = Step(row.step + 1), row.body["carry_q32"]
+            break
+    book = PlanBook(global_sequences=spec.global_sequences)
+    in_force = next(ledger.rows(Kind.PLAN, max_step=start, newest_first=True))
+    plan = plan_of(in_force)
+    if carry is not None:
+        plan = Plan(
+            version=plan.version,
+            first_step=start,
+            mixture=plan.mixture,
+            carry_q32=tuple(carry),
+        )
+    book.add(plan)
+    for row in ledger.rows(Kind.PLAN, min_step=start + 1):
+        book.add(plan_of(row))
+    return book
+
+
+def plan_from(book: PlanBook, step: Step) -> Plan:
+    """Return the plan in force at `step` as if it began there, with the carry into `step`."""
+    plan = book.plan_at(step)
+    carry = tuple(book.carry(step).tolist())
+    return Plan(version=plan.version, first_step=step, mixture=plan.mixture, carry_q32=carry)
+
+
+def crosses_carry_snapshot(before: int, through: int) -> bool:
+    """Say whether a seal from `before` to `through` must hold the carry."""
+    return (through + 1) // CARRY_EVERY > (before + 1) // CARRY_EVERY
+
+
+def cursors_before(ledger: Ledger, step: Step, spec: RunSpec) -> LaneCursors:
+    """Return each lane's newest known place at or before `step`; lanes that have none are left out.
+
+    Where a step was trained more than once, what was written last counts.
+    """
+    known: LaneCursors = {}
+    for row in ledger.rows(Kind.CURSORS, max_step=step - 1, newest_first=True):
+        _take(known, cursors_of(row), Step(row.step + 1))
+        if len(known) == spec.lanes:
+            break
+    return known
+
+
+def records_after(ledger: Ledger, step: int) -> Iterator[StepRecord]:
+    """Yield the steps after `step` that the policy observed, in their order."""
+    for row in ledger.rows(Kind.STEP, min_step=step + 1):
+        if row.body["to_policy"]:
+            yield step_record_of(row)
+
+
+def _newest_cursors(ledger: Ledger, membership: Membership, *, after_seq: int) -> LaneCursors:
+    known: LaneCursors = {}
+    for row in ledger.rows(Kind.CURSORS, newest_first=True):
+        if row.seq < after_seq or len(known) == len(membership.cursors):
+            break
+        # A step of the generation before may have been closed after this one began.
+        if row.body["generation"] == membership.generation:
+            _take(known, cursors_of(row), Step(row.step + 1))
+    for lane, places in membership.cursors.items():
+        known.setdefault(lane, (membership.cursor_steps[lane], places))
+    return known
+
+
+def _take(known: LaneCursors, cursors: Cursors, step: Step) -> None:
+    for lane, places in cursors.items():
+        known.setdefault(lane, (step, np.asarray(places)))

@@ -1,0 +1,93 @@
+"""The figures of a run: speed, losses, and how the decisions fared."""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controller.observation import StepObservation
+from protos.types import StepReport
+
+_SPEED_STEPS = 64
+"""Steps over which the speed is measured."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Totals:
+    """What the whole run has come to, over all starts of the controller."""
+
+    tokens: int = 0
+    degraded_steps: int = 0
+    missing_reports: int = 0
+    held_decisions: int = 0
+    step_s: float = 0.0
+    data_wait_s: float = 0.0
+    probe_s: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return JSON values for the ledger."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Totals:
+        """Return what `as_json` gave."""
+        return cls(**values)
+
+
+class Metrics:
+    """Collects the figures that `headrace status` shows."""
+
+    def __init__(self, num_domains: int, totals: Totals, *, now: Callable[[], float]) -> None:
+        self.totals = totals
+        self.loss: NDArray[np.float64] = np.full(num_domains, np.nan)
+        """[domains]: nats a token in the newest step that had the domain; NaN: never seen."""
+
+        self._now = now
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_SPEED_STEPS)
+        # Four bytes a decision: all of a run's can be kept.
+        self._decision_ms = array("f")
+
+    def step_closed(self, observation: StepObservation, reports: list[StepReport]) -> None:
+        """Take in what the ranks reported of a step."""
+        tokens = int(observation.tokens.sum())
+        self.totals.tokens += tokens
+        self._recent.append((self._now(), tokens))
+        self.totals.missing_reports += observation.num_missing_ranks
+        self.totals.degraded_steps += any(report.degraded for report in reports)
+        for name in ("step_s", "data_wait_s", "probe_s"):
+            spent = getattr(self.totals, name) + sum(getattr(report, name) for report in reports)
+            setattr(self.totals, name, spent)
+        loss = observation.loss
+        self.loss = np.where(np.isnan(loss), self.loss, loss)
+
+    def decided(self, decision_s: float) -> None:
+        """Note how long a decision took, from the last report to the announcement."""
+        self._decision_ms.append(decision_s * 1000)
+
+    def decision_ms(self, percentile: float) -> float:
+        """Return a percentile over all decisions of this controller; 0: there was none."""
+        if not self._decision_ms:
+            return 0.0
+        return float(np.percentile(np.asarray(self._decision_ms), percentile))
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Return the speed over the last steps; 0 before the second."""
+        if len(self._recent) < 2:
+            return 0.0
+        elapsed = self._recent[-1][0] - self._recent[0][0]
+        tokens = sum(tokens for _, tokens in self._recent) - self._recent[0][1]
+        return tokens / elapsed if elapsed > 0 else 0.0
+
+    @property
+    def data_wait_share(self) -> float:
+        """Return the share of the ranks' time in which they waited for data."""
+        total = self.totals.step_s
+        return min(1.0, self.totals.data_wait_s / total) if total > 0 else 0.0

@@ -1,0 +1,114 @@
+"""Runs the policy beside the event loop, within a time budget and in the order of the steps."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from controller.ledger_schema import StepRecord
+from controller.observation import StepObservation
+from controller.policy import artefact
+from controller.policy.base import Policy, PolicyState
+from controller.threads import SingleThread
+from protos.types import Step
+
+logger = logging.getLogger(__name__)
+
+MAX_BACKLOG = 32
+"""Steps that a slow policy may be behind; later ones it does not get to see."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Advice:
+    """What came of asking the policy."""
+
+    shares: tuple[float, ...] | None
+    """None: nothing came in time."""
+
+    fault: str = ""
+    """Why there are no shares."""
+
+
+class PolicyRunner:
+    """Owns the policy: nothing else touches it once the runner has begun."""
+
+    def __init__(self, policy: Policy, *, budget_s: float) -> None:
+        self._policy = policy
+        self._budget_s = budget_s
+        self._thread = SingleThread("headrace-policy")
+        self._backlog = 0
+        self.name = policy.name
+        self.phase = policy.phase
+        """What the policy was doing when it last came back."""
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether so many steps wait for the policy that another would be too many."""
+        return self._backlog >= MAX_BACKLOG
+
+    async def advise(self, observation: StepObservation, step: Step) -> Advice:
+        """Have the policy observe and propose for `step`.
+
+        If it takes longer than the budget it goes on by itself, and what it then proposes is not
+        used; the next observation comes after this one all the same.
+        """
+        self._backlog += 1
+        future = asyncio.wrap_future(self._thread.submit(self._turn, observation, step))
+        future.add_done_callback(self._ended)
+        done, _ = await asyncio.wait({future}, timeout=self._budget_s)
+        if not done:
+            return Advice(shares=None, fault=f"the policy took more than {self._budget_s:g} s")
+        error = future.exception()
+        if error is not None:
+            logger.error("policy failed step=%d", observation.step, exc_info=error)
+            return Advice(shares=None, fault=f"the policy failed: {type(error).__name__}: {error}")
+        return Advice(shares=future.result())
+
+    def save(self, write: Callable[[Callable[[Path], None]], Path]) -> Future[Path]:
+        """Have `write` save the policy's state as it is after all observations given so far.
+
+        `write` gets what writes the state to a path of its choice.
+        """
+        return self._thread.submit(
+            lambda: write(lambda path: artefact.save(self._policy.state(), path))
+        )
+
+    async def restore(self, state: PolicyState | None, records: Iterable[StepRecord]) -> None:
+        """Bring the policy to where it was: a saved state, and what it observed after that.
+
+        Raises:
+            ValueError: the state does not fit the policy.
+        """
+        await self._thread.call(self._replay, state, records)
+
+    def close(self, timeout_s: float) -> None:
+        """Let the policy end what it is at."""
+        if not self._thread.close(timeout_s):
+            logger.warning("the policy has not come back within %g s; left behind", timeout_s)
+
+    def _turn(self, observation: StepObservation, step: Step) -> tuple[float, ...]:
+        self._policy.observe(observation)
+        shares = tuple(float(share) for share in self._policy.propose(step))
+        self.phase = self._policy.phase
+        return shares
+
+    def _replay(self, state: PolicyState | None, records: Iterable[StepRecord]) -> None:
+        if state is not None:
+            self._policy.restore(state)
+        for record in records:
+            if not record.to_policy:
+                continue
+            try:
+                self._turn(record.observation, record.proposed_step)
+            except Exception as error:  # noqa: BLE001  it failed in the same way the first time
+                logger.warning("policy failed again step=%d: %s", record.observation.step, error)
+        self.phase = self._policy.phase
+
+    def _ended(self, future: asyncio.Future[tuple[float, ...]]) -> None:
+        self._backlog -= 1
+        if not future.cancelled() and future.exception() is not None:
+            logger.debug("the policy's turn ended in an error", exc_info=future.exception())

@@ -1,0 +1,293 @@
+"""What the controller does for ranks, loader workers and operators."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from controller.bad_share import BadShare
+from controller.joining import Joining
+from controller.ledger_schema import event_entry, quarantine_entry
+from controller.loop import ControlLoop
+from controller.metrics import Metrics
+from controller.policy_runner import PolicyRunner
+from controller.state import Told
+from controller.workers import Workers
+from protos.errors import (
+    HeadraceError,
+    InvalidMessage,
+    NotReady,
+    StaleGeneration,
+    UnknownDomain,
+)
+from protos.types import (
+    Beat,
+    BlobChunk,
+    Generation,
+    JoinAnswer,
+    JoinRequest,
+    LaneEndpoint,
+    Mixture,
+    PlanEvent,
+    ReportAnswer,
+    RunSpec,
+    RunStatus,
+    StepReport,
+    WorkerBeat,
+)
+
+BEAT_S = 1.0
+"""How often workers hear that the controller is alive."""
+
+FIRST_BEAT_TIMEOUT_S = 10.0
+"""How long a worker that opens a stream may take to say who it is."""
+
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blobs:
+    """The files that workers get from the controller."""
+
+    index: bytes
+    tokenizer: bytes
+    """Empty: the run needs none."""
+
+    def chunks(self) -> list[BlobChunk]:
+        """Cut both into pieces that fit a message."""
+        return [
+            BlobChunk(
+                name=name,
+                offset=offset,
+                total_bytes=len(data),
+                data=data[offset : offset + CHUNK_BYTES],
+            )
+            for name, data in (("index", self.index), ("tokenizer", self.tokenizer))
+            for offset in range(0, len(data), CHUNK_BYTES)
+        ]
+
+
+class Service:
+    """Implements `protos.services.ControlService` and `AdminService`, on one event loop."""
+
+    def __init__(
+        self,
+        loop: ControlLoop,
+        *,
+        workers: Workers,
+        metrics: Metrics,
+        policy: PolicyRunner,
+        blobs: Blobs,
+        bad_share: BadShare,
+    ) -> None:
+        self._loop = loop
+        self._workers = workers
+        self._metrics = metrics
+        self._policy = policy
+        self._blobs = blobs
+        self._bad_share = bad_share
+        self._joining = Joining(loop, workers)
+        self._streams: dict[str, object] = {}
+        self._stopping = asyncio.Event()
+        self._failure: HeadraceError | None = bad_share.add(workers.quarantines)
+
+    def stop(self) -> None:
+        """End all streams and waits, so that the server can stop."""
+        self._stopping.set()
+        self._loop.changed.notify()
+        self._joining.close("the controller stops; join again when it is back")
+
+    # For ranks.
+
+    async def join(self, request: JoinRequest) -> JoinAnswer:
+        """See `ControlService.join`."""
+        self._check_going_on()
+        return await self._joining.join(request)
+
+    async def locate(self, generation: Generation) -> Sequence[LaneEndpoint]:
+        """See `ControlService.locate`."""
+        self._check_going_on()
+        current = self._loop.state.generation
+        if generation != current:
+            raise StaleGeneration(
+                f"lanes of generation {generation} are asked for, but generation {current} has "
+                "begun since; join again"
+            )
+        endpoints = self._workers.endpoints()
+        if not endpoints:
+            raise NotReady("no loader worker serves all lanes now; ask again")
+        return endpoints
+
+    async def report(self, report: StepReport) -> ReportAnswer:
+        """See `ControlService.report`."""
+        self._check_going_on()
+        return self._loop.add_report(report)
+
+    # For loader workers.
+
+    async def watch_plans(self, worker_id: str) -> AsyncIterator[PlanEvent]:
+        """See `ControlService.watch_plans`."""
+        told: Told | None = None
+        changed = self._loop.changed
+        try:
+            while not self._stopping.is_set():
+                seen = changed.count
+                event, told = self._loop.state.next_event(told)
+                yield event
+                if event.reset:
+                    self._workers.told_plans(worker_id)
+                await changed.wait_beyond(seen, BEAT_S)
+        finally:
+            self._workers.tells_no_more(worker_id)
+
+    async def enlist(
+        self, beats: AsyncIterator[WorkerBeat]
+    ) -> AsyncIterator[RunSpec | BlobChunk | Beat]:
+        """See `ControlService.enlist`."""
+        self._check_going_on()
+        try:
+            async with asyncio.timeout(FIRST_BEAT_TIMEOUT_S):
+                first = await anext(beats)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise InvalidMessage(
+                f"a worker opened a stream but did not say who it is in {FIRST_BEAT_TIMEOUT_S:g} s"
+            ) from None
+        self._take(first)
+        stream = self._streams[first.worker_id] = object()
+        reading = asyncio.create_task(self._read(beats, first.worker_id))
+        try:
+            yield self._loop.state.spec
+            for chunk in self._blobs.chunks():
+                yield chunk
+            while not self._stopping.is_set() and not reading.done():
+                self._check_going_on()
+                yield Beat(drain=self._loop.is_drained)
+                await self._pause(reading)
+            if reading.done():
+                reading.result()
+        finally:
+            reading.cancel()
+            with contextlib.suppress(BaseException):
+                await reading
+            self._leave(first.worker_id, stream)
+
+    async def _pause(self, reading: asyncio.Task[None]) -> None:
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait(
+                {reading, stopping}, timeout=BEAT_S, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            stopping.cancel()
+
+    async def _read(self, beats: AsyncIterator[WorkerBeat], worker_id: str) -> None:
+        async for beat in beats:
+            if beat.worker_id != worker_id:
+                raise InvalidMessage(
+                    f"the stream of worker {worker_id} holds a beat of worker {beat.worker_id}"
+                )
+            self._take(beat)
+
+    def _take(self, beat: WorkerBeat) -> None:
+        degraded = self._workers.num_degraded
+        is_new = self._workers.beat(beat)
+        fresh = self._workers.quarantine(beat.quarantines)
+        self._loop.note(*(quarantine_entry(item, worker_id=beat.worker_id) for item in fresh))
+        if fresh:
+            self._failure = self._failure or self._bad_share.add(fresh)
+        if self._workers.num_degraded > degraded:
+            self._loop.note(
+                event_entry(
+                    "degraded",
+                    step=beat.composed_through,
+                    worker=beat.worker_id,
+                    steps=self._workers.num_degraded - degraded,
+                )
+            )
+        if is_new:
+            self._loop.note(
+                event_entry("worker enlisted", worker=beat.worker_id, endpoint=beat.endpoint)
+            )
+            self._joining.workers_changed()
+        if beat.needed_step >= 0:
+            self._loop.stir()
+
+    def _leave(self, worker_id: str, stream: object) -> None:
+        # A worker that has come back over a newer stream is not lost with the old one.
+        if self._streams.get(worker_id) is not stream:
+            return
+        del self._streams[worker_id]
+        if self._workers.lose(worker_id) and not self._stopping.is_set():
+            self._loop.worker_lost(worker_id, "its stream ended")
+
+    def _check_going_on(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    # For operators.
+
+    async def status(self) -> RunStatus:
+        """See `AdminService.status`."""
+        state, totals, spec = self._loop.state, self._metrics.totals, self._loop.state.spec
+        membership, steering = state.membership, self._loop.steering
+        running = "running" if membership is not None else "waiting"
+        return RunStatus(
+            run_id=spec.run_id,
+            policy=self._policy.name,
+            policy_phase=self._policy.phase,
+            phase="drained" if self._loop.is_drained else running,
+            domains=spec.domains,
+            mixture=state.newest_plan.mixture,
+            plan_version=state.newest_plan.version,
+            observed_step=state.observed_through,
+            sealed_through=state.sealed_through,
+            num_steps=spec.num_steps,
+            generation=state.generation,
+            world_size=membership.world_size if membership is not None else 0,
+            loss=tuple(self._metrics.loss.tolist()),
+            tokens=totals.tokens,
+            tokens_per_s=self._metrics.tokens_per_s,
+            data_wait_share=self._metrics.data_wait_share,
+            degraded_steps=max(totals.degraded_steps, self._workers.num_degraded),
+            missing_reports=totals.missing_reports,
+            held_decisions=totals.held_decisions,
+            decision_ms_p50=self._metrics.decision_ms(50),
+            decision_ms_p99=self._metrics.decision_ms(99),
+            frozen=steering.frozen or steering.override is not None,
+            quarantines=self._workers.quarantines,
+            workers=self._workers.statuses(),
+        )
+
+    async def set_mixture(self, shares: Mapping[str, float]) -> int:
+        """See `AdminService.set_mixture`; a domain that is left out gets 0."""
+        domains = self._loop.state.spec.domains
+        for name in shares:
+            if name not in domains:
+                raise UnknownDomain(
+                    f"the mixture names domain {name!r}; the run has {', '.join(domains)}"
+                )
+        try:
+            mixture = Mixture.from_shares([shares.get(name, 0.0) for name in domains])
+        except ValueError as error:
+            raise InvalidMessage(str(error)) from None
+        return await self._loop.steer(override=mixture, frozen=False)
+
+    async def freeze(self) -> None:
+        """See `AdminService.freeze`."""
+        await self._loop.steer(override=self._loop.steering.override, frozen=True)
+
+    async def resume(self) -> None:
+        """See `AdminService.resume`."""
+        await self._loop.steer(override=None, frozen=False)
+
+    async def snapshot_policy(self) -> str:
+        """See `AdminService.snapshot_policy`."""
+        return await self._loop.snapshot()
+
+    async def drain(self) -> None:
+        """See `AdminService.drain`."""
+        await self._loop.drain()

@@ -1,0 +1,39 @@
+"""Where the policy's states are kept: a few files, named by the step after which each was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from protos.errors import LedgerError
+
+NUM_KEPT = 3
+"""Older snapshots are removed: what was observed since a newer one is in the ledger."""
+
+
+class Snapshots:
+    """The folder of a run's snapshots."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def path_after(self, step: int) -> Path:
+        """Return where the state after `step` belongs; -1: before the first step."""
+        return self._folder / f"after-{step + 1:09d}-steps.safetensors"
+
+    def write(self, save: Callable[[Path], None], step: int) -> Path:
+        """Have `save` write the state after `step`; remove what is too old.
+
+        Raises:
+            LedgerError: it could not be written.
+        """
+        path = self.path_after(step)
+        try:
+            save(path)
+            kept = sorted(self._folder.glob("after-*-steps.safetensors"))
+            for old in kept[:-NUM_KEPT]:
+                if old != path:
+                    old.unlink(missing_ok=True)
+        except OSError as error:
+            raise LedgerError(f"cannot save the policy's state to {path}: {error}") from error
+        return path

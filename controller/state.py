@@ -1,0 +1,193 @@
+"""Where a run stands: its plans, its ranks and their places. Knows no thread and no file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from controller import history as past
+from controller.aggregate import Aggregator
+from controller.history import History, LaneCursors
+from controller.ledger_schema import CARRY_EVERY, Entry, seal_entry
+from controller.membership import Membership
+from protos.errors import Disagreement
+from protos.planbook import PlanBook
+from protos.types import (
+    Cursors,
+    Generation,
+    Lane,
+    Mixture,
+    Plan,
+    PlanEvent,
+    Rank,
+    RunSpec,
+    Step,
+)
+
+NO_GENERATION = Generation(0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Told:
+    """What a worker has been told of the plans."""
+
+    generation: Generation
+    plan_version: int
+    sealed_through: int
+
+
+class RunState:
+    """Changes only by the methods below, each of which comes after its commit to the ledger."""
+
+    def __init__(self, spec: RunSpec, history: History, *, now: Callable[[], float]) -> None:
+        self.spec = spec
+        self.membership = history.membership
+        self.sealed_through = history.sealed_through
+        self.observed_through = history.observed_through
+        """Last step that has been decided upon."""
+
+        self.trained_through = history.closed_through
+        """Last step that a rank has reported."""
+
+        self.cursors: LaneCursors = history.cursors
+        self.book: PlanBook = history.book
+        self.group: Aggregator | None = None
+        """The reports of the generation."""
+
+        self._now = now
+        if history.membership is not None:
+            first = max(history.membership.first_step, Step(history.closed_through + 1))
+            self.group = self._collecting(history.membership, first)
+
+    @property
+    def generation(self) -> Generation:
+        """The newest generation; 0: none has begun."""
+        return self.membership.generation if self.membership else NO_GENERATION
+
+    @property
+    def newest_plan(self) -> Plan:
+        """The plan of the last sealed step, and of those after it as far as is known."""
+        return self.book.plans[-1]
+
+    @property
+    def floor(self) -> Step:
+        """The first step whose plan a worker may need: where the hindmost lane stands."""
+        return min((step for step, _ in self.cursors.values()), default=Step(0))
+
+    def move_cursors(self, step: Step, cursors: Cursors) -> Cursors:
+        """Take in lanes' places after `step`; return those that are newer than what was known."""
+        newer = {
+            lane: places
+            for lane, places in cursors.items()
+            if lane not in self.cursors or self.cursors[lane][0] <= step
+        }
+        self.cursors.update((lane, (Step(step + 1), places)) for lane, places in newer.items())
+        return newer
+
+    def plan_for(self, mixture: Mixture, first_step: Step) -> Plan | None:
+        """Return the plan that brings `mixture` from `first_step` on; None: it holds already."""
+        last = self.newest_plan
+        if mixture == last.mixture:
+            return None
+        return Plan(
+            version=last.version + 1,
+            first_step=first_step,
+            mixture=mixture,
+            carry_q32=tuple(self.book.carry(first_step).tolist()),
+        )
+
+    def seal(self, through: int, observed_through: int, plan: Plan | None = None) -> Entry:
+        """Return the record of a seal that comes with `plan`, or under the plans held."""
+        carry = None
+        if past.crosses_carry_snapshot(self.sealed_through, through):
+            book = self.book
+            if plan is not None:
+                # The run's book does not hold the new plan before the commit.
+                book = PlanBook(global_sequences=self.spec.global_sequences)
+                book.add(plan)
+            carry = book.carry(Step(through + 1))
+        return seal_entry(through, observed_through=observed_through, carry_after=carry)
+
+    def sealed(self, through: int, observed_through: int, plan: Plan | None = None) -> None:
+        """Go on to what has been sealed."""
+        if plan is not None:
+            self.book.add(plan)
+        if through // CARRY_EVERY > self.sealed_through // CARRY_EVERY:
+            self.book.forget_before(self.floor)
+        self.sealed_through = through
+        self.observed_through = observed_through
+
+    def next_membership(
+        self,
+        *,
+        world_size: int,
+        first_step: Step,
+        attempt_ids: Mapping[Rank, str],
+        cursors: Cursors,
+        cursor_steps: Mapping[Lane, Step],
+    ) -> Membership:
+        """Return the generation after this one.
+
+        Raises:
+            Disagreement: it begins where neither a checkpoint nor the ledger knows the way.
+        """
+        lost = [lane for lane, step in cursor_steps.items() if step == 0 and first_step > 0]
+        if lost and first_step > self.sealed_through + 1:
+            raise Disagreement(
+                f"the ranks resume at step {first_step}, but no rank's checkpoint holds a cursor "
+                f"of lane {lost[0]} and this ledger knows plans through step {self.sealed_through} "
+                "only; resume with the ledger of that run"
+            )
+        return Membership(
+            generation=Generation(self.generation + 1),
+            world_size=world_size,
+            first_step=first_step,
+            attempt_ids=attempt_ids,
+            cursors=cursors,
+            cursor_steps=cursor_steps,
+        )
+
+    def begun(self, membership: Membership, book: PlanBook) -> None:
+        """Go on with a generation that has begun."""
+        self.membership = membership
+        self.book = book
+        self.cursors = {
+            lane: (membership.cursor_steps[lane], places)
+            for lane, places in membership.cursors.items()
+        }
+        self.group = self._collecting(membership, membership.first_step)
+
+    def next_event(self, told: Told | None) -> tuple[PlanEvent, Told]:
+        """Return what a worker must hear after what it was `told`; None: it knows nothing."""
+        if self.membership is None:
+            silent = Told(generation=NO_GENERATION, plan_version=0, sealed_through=-1)
+            return PlanEvent(generation=NO_GENERATION, plans=(), sealed_through=-1), silent
+        reset = told is None or told.generation != self.generation
+        event = PlanEvent(
+            generation=self.generation,
+            plans=self._plans_from(self.floor) if reset else self._plans_after(told),
+            sealed_through=self.sealed_through,
+            reset=reset,
+        )
+        return event, Told(
+            generation=self.generation,
+            plan_version=self.newest_plan.version,
+            sealed_through=self.sealed_through,
+        )
+
+    def _plans_from(self, step: Step) -> tuple[Plan, ...]:
+        later = (plan for plan in self.book.plans if plan.first_step > step)
+        return (past.plan_from(self.book, step), *later)
+
+    def _plans_after(self, told: Told | None) -> tuple[Plan, ...]:
+        version = told.plan_version if told is not None else 0
+        return tuple(plan for plan in self.book.plans if plan.version > version)
+
+    def _collecting(self, membership: Membership, first_step: Step) -> Aggregator:
+        return Aggregator(
+            self.spec,
+            generation=membership.generation,
+            world_size=membership.world_size,
+            first_step=first_step,
+            now=self._now,
+        )
