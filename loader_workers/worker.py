@@ -120,7 +120,7 @@ class Worker:
             self._session = ControllerSession(
                 client,
                 worker_id=self._worker_id,
-                beat=self._beat,
+                beat=self.beat,
                 on_inputs=self._configure,
                 on_plans=self._service.hear,
                 on_end=self._stop.set,
@@ -200,7 +200,8 @@ class Worker:
         self._cache = cache
         logger.info("worker %s serves run %s at %s", self._worker_id, spec.run_id, self.endpoint)
 
-    def _beat(self) -> WorkerBeat:
+    def beat(self) -> WorkerBeat:
+        """Return what the worker says of itself now."""
         figures = self._service.figures()
         return WorkerBeat(
             worker_id=self._worker_id,

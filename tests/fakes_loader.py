@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import json
 import random
@@ -11,9 +12,10 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
-import webdataset
+import webdataset  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from loader_workers.cache import ShardCache
@@ -65,7 +67,11 @@ def shard_bytes(samples: Sequence[Mapping[str, bytes | str]], *, tar_format: str
     sink = io.BytesIO()
     with webdataset.TarWriter(sink, encoder=False, format=tar_format or None, mtime=0.0) as writer:
         for sample in samples:
-            writer.write(dict(sample))
+            members = {
+                name: value.encode() if isinstance(value, str) and name != "__key__" else value
+                for name, value in sample.items()
+            }
+            writer.write(members)
     return sink.getvalue()
 
 
@@ -97,7 +103,7 @@ def write_token_shards(
     (folder / domain).mkdir(parents=True, exist_ok=True)
     token = first_token
     for shard, sizes in enumerate(lengths):
-        samples = []
+        samples: list[dict[str, bytes | str]] = []
         for number, size in enumerate(sizes):
             tokens = np.arange(token, token + size, dtype="<u4")
             token += size
@@ -111,11 +117,11 @@ def random_documents(seed: int, count: int, *, longest: int = 40) -> list[str]:
     return [" ".join(draw.choices(WORDS, k=draw.randrange(longest))) for _ in range(count)]
 
 
-def make_spec(index: DatasetIndex, *, tokenizer: bytes = b"", **changes: object) -> RunSpec:
+def make_spec(index: DatasetIndex, tokenizer: bytes = b"", /, **changes: Any) -> RunSpec:
     """Return settings for an index; `changes` replace the defaults."""
     from hashlib import sha256
 
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "run_id": "test",
         "seed": 7,
         "domains": index.domains,
@@ -134,7 +140,7 @@ def make_spec(index: DatasetIndex, *, tokenizer: bytes = b"", **changes: object)
         "degraded_after_s": 60.0,
         "data_timeout_s": 60.0,
     }
-    return RunSpec(**{**values, **changes})  # type: ignore[arg-type]  # a bag of defaults
+    return RunSpec(**{**values, **changes})
 
 
 @contextmanager
@@ -225,7 +231,8 @@ class ScriptedController:
         sent = 0
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: len(self._events) > sent)
+                while len(self._events) == sent:
+                    await self._changed.wait()
                 new, sent = self._events[sent:], len(self._events)
             for event in new:
                 yield event
@@ -278,35 +285,34 @@ class _NoAdmin:
         raise NotReady("this controller decides nothing")
 
 
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """Return the one loop that serves all controllers: gRPC's poller outlives a closed loop."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="scripted-controllers", daemon=True).start()
+    return loop
+
+
 class ServedController:
-    """A scripted controller served on a thread with an event loop of its own."""
+    """A scripted controller served on an event loop of another thread."""
 
     def __init__(self, controller: ScriptedController, *, address: str = "127.0.0.1:0") -> None:
         self.controller = controller
         self.address = address
         self._up = threading.Event()
-        self._loop = asyncio.new_event_loop()
         self._down = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name="scripted-controller")
 
     def say(self, event: PlanEvent) -> None:
-        asyncio.run_coroutine_threadsafe(self.controller.say(event), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self.controller.say(event), _loop()).result(10)
 
     def __enter__(self) -> ServedController:
-        self._thread.start()
+        self._served = asyncio.run_coroutine_threadsafe(self._serve(), _loop())
         assert self._up.wait(10)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._down.set)
-        self._thread.join(20)
-        assert not self._thread.is_alive()
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._serve())
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        self._loop.close()
+        _loop().call_soon_threadsafe(self._down.set)
+        self._served.result(20)
 
     async def _serve(self) -> None:
         async with serving_controller(
