@@ -27,7 +27,8 @@ class TokenizerInfo:
 def load_tokenizer(data: bytes, *, source: str) -> Tokenizer:
     """Return the tokenizer that a `tokenizer.json` describes; `source` names it in errors.
 
-    Padding and truncation that the file may ask for are switched off: packing does both.
+    Padding and truncation that the file may ask for are switched off: packing does both. Special
+    tokens that a text spells out are encoded as ordinary text.
 
     Raises:
         TokenizerInvalid: the bytes are not one.
@@ -45,6 +46,8 @@ def load_tokenizer(data: bytes, *, source: str) -> Tokenizer:
         raise TokenizerInvalid(f"{source} is not a tokenizer file: {reason}; {remedy}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    # Text that spells a special token is text: a document cannot end itself.
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
