@@ -76,7 +76,7 @@ def make_spec(
 
 def sequence(spec: RunSpec, step: int, slot: int) -> NDArray[np.uint16]:
     """Return the tokens of a slot."""
-    first = (step * 1000 + slot * 10) % 40_000
+    first = (step * 1000 + slot * 10) % (spec.vocab_size - spec.sequence_length)
     return (first + np.arange(spec.sequence_length + 1)).astype(np.uint16)
 
 

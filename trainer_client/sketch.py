@@ -10,6 +10,8 @@ none where p >= out and q >= in.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from protos.keyed import raw_uint64
@@ -49,7 +51,7 @@ class LayerSketch:
         seed = raw_uint64(1, self._spec.seed, "sketch", self._layer_index, int(step))[0]
         generator = torch.Generator().manual_seed(int(seed >> 1))
         for projection in self._projections:
-            drawn = draw_projection(*projection.shape, generator)
+            drawn = draw_projection(len(projection), projection.shape[1], generator)
             if projection.is_cuda:
                 drawn = drawn.pin_memory()
             projection.copy_(drawn, non_blocking=True)
@@ -75,9 +77,10 @@ def draw_projection(size: int, sketch_size: int, generator: torch.Generator) -> 
 
     Drawn on the host, so that ranks on different devices agree.
     """
+    tall = (max(size, sketch_size), min(size, sketch_size))
+    columns: torch.Tensor
+    columns, _ = torch.linalg.qr(torch.randn(tall, generator=generator))
     if sketch_size >= size:
-        gaussian = torch.randn(sketch_size, size, generator=generator)
-        return torch.linalg.qr(gaussian).Q.T.contiguous()
-    gaussian = torch.randn(size, sketch_size, generator=generator)
-    # The columns span a uniformly random subspace, whatever signs the factorisation chooses.
-    return torch.linalg.qr(gaussian).Q * (size / sketch_size) ** 0.5
+        return columns.T.contiguous()
+    # They span a uniformly random subspace, whatever signs the factorisation chooses.
+    return columns * math.sqrt(size / sketch_size)
