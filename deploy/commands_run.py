@@ -46,13 +46,15 @@ def run(
         int | None, typer.Option(help="Tokens that a sequence trains on. Default: 128.")
     ] = None,
     global_sequences: Annotated[
-        int | None, typer.Option(help="Sequences in a step's global batch. Default: 32.")
+        int | None, typer.Option(help="Sequences in a step's global batch. Default: 16.")
     ] = None,
     lanes: Annotated[
         int | None, typer.Option(help="Fixed groups of slots; divide the batch. Default: 8.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of data order and weights. Default: 0.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate. Default: 3e-3 for tiny, else 1e-3.")
+    ] = None,
     checkpoint_every: Annotated[
         int, typer.Option(min=1, help="Steps between checkpoints; there is one at the end too.")
     ] = 50,

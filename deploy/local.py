@@ -25,6 +25,7 @@ from controller.config import RunConfig, load_run_file
 from deploy.dataset import ensure_index
 from deploy.failures import Stopped, TrainerFailed
 from deploy.history import LOG_PATTERN
+from deploy.local_ray import local_ray, python_path, temporary_folder
 from deploy.plots import draw_plots
 from deploy.prepare import prepare_run
 from deploy.processes import ChildProcess, StopSignals
@@ -37,7 +38,7 @@ from deploy.report import (
     write_report,
     write_run_digests,
 )
-from deploy.runfile import RunOptions
+from deploy.runfile import TINY_LR, RunOptions
 from protos.client import AdminClient
 from protos.errors import HeadraceError, Retryable
 from protos.types import RunStatus
@@ -95,16 +96,15 @@ def _terminable() -> Iterator[None]:
 
 
 def _train(options: RunOptions, config: RunConfig, progress: Progress) -> Outcome:
-    # Ray is imported only where it is needed: it takes a second.
-    from deploy.actors import start_controller, start_workers, stop_actors
-    from deploy.local_ray import local_ray, temporary_folder
-
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals())
         folder = stack.enter_context(temporary_folder())
         with progress.stage("starting Ray, controller and workers"):
             stack.enter_context(local_ray(folder, num_actors=1 + config.workers.count))
             stop.install()
+            # Imports Ray, which must find the environment that `local_ray` has prepared.
+            from deploy.actors import start_controller, start_workers, stop_actors
+
             controller, address = start_controller(config, say=progress.say)
             actors = [controller]
             stack.callback(lambda: stop_actors(actors[1:], actors[:1]))
@@ -184,8 +184,9 @@ def trainer_command(options: RunOptions, config: RunConfig, address: str) -> lis
     command += ["--checkpoint-dir", str(options.out.resolve() / CHECKPOINTS)]
     command += ["--checkpoint-every", str(options.checkpoint_every)]
     command += ["--delivery-log", str(options.out.resolve() / RECEIVED)]
-    if options.lr is not None:
-        command += ["--lr", str(options.lr)]
+    lr = options.lr if options.lr is not None or options.model != "tiny" else TINY_LR
+    if lr is not None:
+        command += ["--lr", str(lr)]
     if options.until is not None:
         command += ["--until", str(options.until)]
     if options.resume:
@@ -194,8 +195,6 @@ def trainer_command(options: RunOptions, config: RunConfig, address: str) -> lis
 
 
 def _trainer_environment(folder: Path) -> dict[str, str]:
-    from deploy.local_ray import python_path
-
     ours = {
         "PYTHONPATH": python_path(),
         "PYTHONUNBUFFERED": "1",

@@ -7,12 +7,13 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import ray
+from protos.errors import ConfigError, HeadraceError
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,7 +47,13 @@ def python_path() -> str:
 
 @contextmanager
 def local_ray(folder: Path, *, num_actors: int) -> Iterator[None]:
-    """Run a Ray for `num_actors` actors until the end of the block."""
+    """Run a Ray for `num_actors` actors until the end of the block; to be used once a process.
+
+    Raises:
+        HeadraceError: Ray does not start.
+    """
+    if "ray" in sys.modules:
+        raise ConfigError("a local run cannot use a Ray that this process has imported already")
     environment = {
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's ports are open to whoever reaches this machine, and run what they are sent.
@@ -56,17 +63,27 @@ def local_ray(folder: Path, *, num_actors: int) -> Iterator[None]:
         "PYTHONPATH": python_path(),
     }
     with _environment(environment):
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            # Logical: one for each actor, however few the machine has.
-            num_cpus=num_actors,
-            num_gpus=0,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(folder),
-        )
+        # Imported here because it takes its settings from the environment when it is imported.
+        import ray
+
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                # Logical: one for each actor, however few the machine has.
+                num_cpus=num_actors,
+                num_gpus=0,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder),
+            )
+        except Exception as error:
+            ray.shutdown()
+            reason = str(error).partition("\n")[0]
+            raise HeadraceError(
+                f"Ray did not start: {reason}; `headrace doctor` says what it lacks"
+            ) from error
         try:
             yield
         finally:

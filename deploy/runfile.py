@@ -53,7 +53,7 @@ _BUILT_IN: Settings = {
     # Any free port: two runs on one machine do not meet.
     "address": "127.0.0.1:0",
     "batch": {
-        "global_sequences": 32,
+        "global_sequences": 16,
         "sequence_length": 128,
         "lanes": 8,
         "window_samples": 64,
@@ -62,6 +62,9 @@ _BUILT_IN: Settings = {
     "policy": {"name": "acodm"},
     "workers": {"count": 2},
 }
+
+TINY_LR = 3e-3
+"""A tiny model learns little in a few hundred steps at a rate that suits larger ones."""
 
 SMALL_ACODM: Settings = {"width": 128, "depth": 3}
 """With AC-ODM's own 1024 x 5 networks, the policy would work longer than the tiny model."""

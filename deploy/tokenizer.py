@@ -13,7 +13,7 @@ from protos.errors import TokenizerInvalid
 from protos.tokenizer import load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-DEFAULT_VOCAB_SIZE = 8192
+DEFAULT_VOCAB_SIZE = 4096
 SAMPLE_CHARACTERS = 1_000_000
 """Of each domain: more makes the training slower and the vocabulary hardly better."""
 
