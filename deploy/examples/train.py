@@ -111,7 +111,6 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
                 break
 
 
-@record  # so that torchrun shows what a rank died of
 def run(arguments: argparse.Namespace) -> None:
     """Set the process group up, train, and take it down again."""
     device = torch.device(arguments.device)
@@ -125,6 +124,7 @@ def run(arguments: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
+@record  # so that torchrun shows what a rank died of
 def main() -> int:
     """Train; what Headrace cannot do is told in one sentence."""
     try:

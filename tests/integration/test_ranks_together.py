@@ -139,5 +139,27 @@ def test_the_example_trainer_stops_resumes_and_reports(tmp_path: Path) -> None:
             assert report.probe_s > 0
 
 
+@pytest.mark.slow
+def test_the_example_trainer_without_a_controller_ends_with_one_sentence() -> None:
+    single = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [
+            *(sys.executable, "deploy/examples/train.py"),
+            *("--controller", "127.0.0.1:1", "--timeout-s", "0.5"),
+        ],
+        cwd=_ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT), **single},
+        capture_output=True,
+        text=True,
+        timeout=55,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "train.py: cannot reach the controller at 127.0.0.1:1 after 0.5 s: start it "
+        "(headrace controller run.yaml) or check the address and the firewall\n"
+    )
+
+
 if __name__ == "__main__":
     rank_main(Path(sys.argv[1]))
