@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -33,34 +34,50 @@ class PendingReport:
     losses: HostCopy | None
     probe: ProbeStep | None
 
-    def resolve(self, *, timeout_s: float) -> StepReport:
-        """Wait for the numbers; an alignment that does not come or is not finite is left out."""
+    def resolve(self, *, timeout_s: float) -> tuple[StepReport, list[str]]:
+        """Wait for the numbers; return the report, and what had to be left out of it.
+
+        A controller refuses a report with a number that is not finite, and then waits for a better
+        one; so what is not finite is left out here, and the rest counts.
+        """
         changes: dict[str, object] = {}
+        left_out: list[str] = []
         if self.losses is not None:
-            sums = self.losses.wait()
-            changes = {"loss_sum": sums[:, 0].copy(), "tokens": sums[:, 1].astype(np.int64)}
+            sums = self.losses.wait().copy()
+            broken = ~np.isfinite(sums).all(axis=1)
+            if broken.any():
+                left_out.append(f"the losses of domains {np.flatnonzero(broken).tolist()}")
+                sums[broken] = 0
+            changes |= {"loss_sum": sums[:, 0], "tokens": sums[:, 1].astype(np.int64)}
         if self.probe is not None:
             changes["probe_s"] = self.probe.probe_s
-            if self.probe.norms is not None:
-                weights, updates = self.probe.norms.wait()
-                changes["weight_norms"] = tuple(weights.tolist())
-                changes["update_norms"] = tuple(updates.tolist())
-            changes |= self._alignment(self.probe, timeout_s)
-        return dataclasses.replace(self.report, **changes)  # type: ignore[arg-type]
+            changes |= _norms(self.probe, left_out)
+            changes |= _alignment(self.probe, timeout_s, left_out)
+        return dataclasses.replace(self.report, **changes), left_out  # type: ignore[arg-type]
 
-    def _alignment(self, probe: ProbeStep, timeout_s: float) -> dict[str, object]:
-        where = f"rank={self.report.rank} step={self.report.step}"
-        if probe.alignment is None:
-            return {}
-        try:
-            part = probe.alignment.wait(timeout_s=timeout_s)
-        except RuntimeError as error:
-            logger.warning("no alignment %s: the ranks' sketches did not meet: %s", where, error)
-            return {}
-        if not np.isfinite(part).all():
-            logger.warning("no alignment %s: gradients are not finite", where)
-            return {}
-        return {"alignment_part": part, "alignment_share": probe.alignment.share}
+
+def _norms(probe: ProbeStep, left_out: list[str]) -> dict[str, object]:
+    if probe.norms is None:
+        return {}
+    weights, updates = probe.norms.wait()
+    if not (np.isfinite(weights).all() and np.isfinite(updates).all()):
+        left_out.append("norms that are not finite")
+        return {}
+    return {"weight_norms": tuple(weights.tolist()), "update_norms": tuple(updates.tolist())}
+
+
+def _alignment(probe: ProbeStep, timeout_s: float, left_out: list[str]) -> dict[str, object]:
+    if probe.alignment is None:
+        return {}
+    try:
+        part = probe.alignment.wait(timeout_s=timeout_s)
+    except RuntimeError as error:
+        left_out.append(f"the alignment, since the ranks' sketches did not meet ({error})")
+        return {}
+    if not np.isfinite(part).all():
+        left_out.append("an alignment of gradients that are not finite")
+        return {}
+    return {"alignment_part": part, "alignment_share": probe.alignment.share}
 
 
 class ReporterState(enum.Enum):
@@ -99,7 +116,7 @@ class Reporter:
         self._busy = False
         self._state = ReporterState.OPEN
         self._closing = threading.Event()
-        self._warned_at = -_WARNINGS_APART_S
+        self._warned_at = -math.inf
         self._unwarned = 0
         self.num_sent = 0
         self.num_dropped = 0
@@ -163,7 +180,9 @@ class Reporter:
             self._drop(pending.report, f"reporting is {self._state.value}")
             return
         try:
-            report = pending.resolve(timeout_s=self._budget_s)
+            report, left_out = pending.resolve(timeout_s=self._budget_s)
+            if left_out:
+                self._warn(report, f"sent without {' and '.join(left_out)}")
             until_answered(
                 lambda left_s: self._send(report, min(max(left_s, 0.1), _CALL_TIMEOUT_S)),
                 budget_s=self._budget_s,
@@ -191,15 +210,19 @@ class Reporter:
     def _drop(self, report: StepReport, reason: str) -> None:
         with self._changed:
             self.num_dropped += 1
+        self._warn(report, f"lost: {reason}")
+
+    def _warn(self, report: StepReport, what: str) -> None:
+        with self._changed:
             self._unwarned += 1
             now = time.monotonic()
             if now - self._warned_at < _WARNINGS_APART_S:
                 return
-            num_lost, self._unwarned, self._warned_at = self._unwarned, 0, now
+            num_since, self._unwarned, self._warned_at = self._unwarned, 0, now
         logger.warning(
-            "report lost rank=%d step=%d (%d since the last warning): %s",
+            "report rank=%d step=%d (%d such since the last warning) %s",
             report.rank,
             report.step,
-            num_lost,
-            reason,
+            num_since,
+            what,
         )

@@ -423,6 +423,16 @@ def test_more_ranks_than_sequences_are_refused(run: FakeRun) -> None:
         connect(run, rank=0, world_size=13)
 
 
+def test_a_session_is_of_no_use_in_a_fork(run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    with connect(run) as session:
+        with monkeypatch.context() as patched:
+            patched.setattr("os.getpid", lambda: -1)  # as a fork of this process would see it
+            with pytest.raises(ValueError, match="outside DataLoader workers"):
+                session.batches()
+            session.close()  # leaves the parent's session alone
+        assert train(session, until=1)
+
+
 def test_a_closed_session_says_so_and_closes_twice(run: FakeRun) -> None:
     session = connect(run)
     train(session, until=1)

@@ -21,7 +21,7 @@ ANSWER = ReportAnswer(plan_version=1, sealed_through=3, counted=True)
 QUICK = Retry(first_wait_s=0.001, max_wait_s=0.002)
 
 
-def pending(step: int) -> PendingReport:
+def pending(step: int, *, losses: torch.Tensor | None = None) -> PendingReport:
     report = StepReport(
         generation=Generation(1),
         rank=Rank(0),
@@ -31,8 +31,9 @@ def pending(step: int) -> PendingReport:
         tokens=np.zeros(2, np.int64),
         loss_sum=np.zeros(2),
     )
-    losses = HostCopy(torch.tensor([[1.5, 3.0], [2.5, 4.0]], dtype=torch.float64))
-    return PendingReport(report=report, losses=losses, probe=None)
+    if losses is None:
+        losses = torch.tensor([[1.5, 3.0], [2.5, 4.0]], dtype=torch.float64)
+    return PendingReport(report=report, losses=HostCopy(losses), probe=None)
 
 
 class Controller:
@@ -77,6 +78,20 @@ def test_reports_arrive_in_order_with_the_numbers_from_the_device() -> None:
     assert controller.taken[0].tokens.tolist() == [3, 4]
 
 
+def test_a_domain_whose_loss_is_not_finite_is_left_out_and_the_others_count(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    controller = Controller()
+    with caplog.at_level(logging.WARNING), reporting(controller.report) as reporter:
+        losses = torch.tensor([[float("nan"), 3.0], [2.5, 4.0]], dtype=torch.float64)
+        reporter.offer(pending(7, losses=losses))
+        assert reporter.flush(timeout_s=5)
+    assert controller.taken[0].loss_sum.tolist() == [0.0, 2.5]
+    assert controller.taken[0].tokens.tolist() == [0, 4]
+    assert "step=7" in caplog.text
+    assert "without the losses of domains [0]" in caplog.text
+
+
 def test_a_controller_that_hangs_costs_reports_and_no_time(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -93,7 +108,7 @@ def test_a_controller_that_hangs_costs_reports_and_no_time(
         assert (reporter.num_sent, reporter.num_dropped) == (5, 6)
     # One warning a minute, whatever happens.
     assert [record.message for record in caplog.records] == [
-        "report lost rank=0 step=5 (1 since the last warning): 4 reports are waiting already"
+        "report rank=0 step=5 (1 such since the last warning) lost: 4 reports are waiting already"
     ]
 
 
