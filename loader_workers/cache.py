@@ -30,7 +30,7 @@ from loader_workers.token_shard import (
     write_token_shard,
 )
 from protos.dataset_index import ShardRef
-from protos.errors import ConfigError
+from protos.errors import ConfigError, NotReady
 from protos.types import Quarantine
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class ShardCache:
         """Return a shard's tokens, building them now if they are not there.
 
         Raises:
-            NotReady: the cache was closed meanwhile.
+            NotReady: the cache was closed meanwhile, or this process is short of files or memory.
         """
         key = self._key(shard)
         found = self._find(shard, key)
@@ -149,6 +149,8 @@ class ShardCache:
         except TokenShardDamaged as error:
             logger.warning("token shard of %s is damaged and built again: %s", shard.url, error)
             return None
+        except OSError as error:
+            raise NotReady(f"cannot open the token shard of {shard.url}: {error}") from error
         with self._lock:
             self._verified.add(identity)
             found = self._open.setdefault(key, found)

@@ -55,12 +55,20 @@ class PlanBoard:
         self._book = PlanBook(global_sequences=spec.global_sequences)
         self._heard_at = now()
         self._closed = False
+        self._degraded: set[Step] = set()
         self.generation = Generation(0)
+        self.composed_through = -1
+        """The last step of this generation that a stream was given a turn for."""
 
     @property
     def sealed_through(self) -> int:
         """The last step whose plan is final; -1: none."""
         return self._book.sealed_through
+
+    @property
+    def num_degraded(self) -> int:
+        """How many steps were composed without their seal, in all generations."""
+        return len(self._degraded)
 
     def hear(self, event: PlanEvent) -> None:
         """Take in what the controller says; an empty event says that it lives.
@@ -77,6 +85,8 @@ class PlanBoard:
                 return
             if event.reset:
                 self._book = PlanBook(global_sequences=self._spec.global_sequences)
+                if event.generation > self.generation:
+                    self.composed_through = -1
                 self.generation = event.generation
             elif event.generation != self.generation:
                 # Without the plans from its start a generation cannot be composed.
@@ -110,7 +120,7 @@ class PlanBoard:
         generation: Generation,
         *,
         may_send: Callable[[], bool | None],
-        is_needed: Callable[[], bool],
+        needed_step: Callable[[], int],
     ) -> Turn | None:
         """Wait until a step may be composed, and return its counts.
 
@@ -118,7 +128,7 @@ class PlanBoard:
             step: the step to compose.
             generation: the stream's.
             may_send: whether the stream has a credit; None when its rank is gone.
-            is_needed: whether the rank waits for this very step.
+            needed_step: the step that the rank waits for now; -1: it does not wait.
 
         Returns:
             None when the rank is gone.
@@ -138,7 +148,7 @@ class PlanBoard:
                     return self._turn(step, degraded=False)
                 silence_s = self._now() - self._heard_at
                 wait_s = _LONGEST_WAIT_S
-                if credit and is_needed():
+                if credit and needed_step() >= step and self._book.plans:
                     if silence_s >= self._spec.degraded_after_s:
                         return self._turn(step, degraded=True)
                     wait_s = min(wait_s, self._spec.degraded_after_s - silence_s)
@@ -167,6 +177,11 @@ class PlanBoard:
                         totals[lane] += counts[lane]
         return totals
 
+    def forget_before(self, step: Step) -> None:
+        """Drop the plans that no step from `step` on needs."""
+        with self.changed:
+            self._book.forget_before(step)
+
     def close(self) -> None:
         """Send all who wait away with `NotReady`; idempotent."""
         with self.changed:
@@ -183,6 +198,10 @@ class PlanBoard:
 
     def _turn(self, step: Step, *, degraded: bool) -> Turn:
         plan = self._book.plan_at(step)
+        # Said before it is composed: a controller that comes back must not plan this step anew.
+        self.composed_through = max(self.composed_through, step)
+        if degraded:
+            self._degraded.add(step)
         shares = plan.mixture.shares_q32
         wanted = [domain for domain, share in enumerate(shares) if share]
         return Turn(

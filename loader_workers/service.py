@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,10 @@ from loader_workers.plans import PlanBoard
 from loader_workers.source import WindowSource
 from protos.errors import InvalidMessage, NotReady, WrongRun
 from protos.types import Credit, OpenStream, PlanEvent, RunSpec, Step, StepBatch
+
+_FORGET_EVERY = 1024
+_STEPS_REMEMBERED = 8192
+"""Plans of so many steps before the slowest stream's are kept, for cursors that lie behind."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +41,7 @@ class _Listener:
         self._changed = changed
         self._credits = opening.credits
         self._gone = False
+        self.step = opening.from_step
         self.needed_step = -1
         self.needed_since = 0.0
 
@@ -76,8 +80,8 @@ class LoaderService:
         self._lock = threading.Lock()
         self._run: tuple[WindowSource, PlanBoard] | None = None
         self._listeners: set[_Listener] = set()
-        self._figures = Figures()
-        self._degraded: set[Step] = set()
+        self._stall_s = 0.0
+        self._sequences_served = 0
         self._stopped = False
 
     def configure(self, source: WindowSource) -> None:
@@ -92,28 +96,25 @@ class LoaderService:
             NotReady: before `configure`.
             InvalidMessage: the plans do not lead to one another.
         """
-        board = self._configured()[1]
-        with self._lock:
-            if event.generation > board.generation:
-                self._figures = dataclasses.replace(self._figures, composed_through=-1)
-        board.hear(event)
+        self._configured()[1].hear(event)
 
     def figures(self) -> Figures:
         """Return what a beat says of the streams."""
         with self._lock:
             run, listeners = self._run, list(self._listeners)
         if run is None:
-            return self._figures
+            return Figures()
         board = run[1]
         with board.changed:
             sealed = board.sealed_through
             waiting = [each.needed_step for each in listeners if each.needed_step > sealed]
-        with self._lock:
-            return dataclasses.replace(
-                self._figures,
+            return Figures(
                 generation=board.generation,
                 needed_step=min(waiting, default=-1),
-                degraded_steps=len(self._degraded),
+                composed_through=board.composed_through,
+                degraded_steps=board.num_degraded,
+                stall_s=self._stall_s,
+                sequences_served=self._sequences_served,
                 open_streams=len(listeners),
             )
 
@@ -155,8 +156,7 @@ class LoaderService:
                 step,
                 opening.generation,
                 may_send=listener.may_send,
-                # Bound now: the step of this turn.
-                is_needed=lambda step=step: listener.needed_step >= step,  # type: ignore[misc]
+                needed_step=lambda: listener.needed_step,
             )
             if turn is None:
                 return
@@ -181,18 +181,14 @@ class LoaderService:
     def _count(self, batch: StepBatch, listener: _Listener, started: float) -> None:
         waited_since = max(started, listener.needed_since)
         is_waited_for = listener.needed_step >= batch.step
-        stall_s = max(self._now() - waited_since, 0.0) if is_waited_for else 0.0
         with self._lock:
-            figures = self._figures
-            if batch.degraded:
-                self._degraded.add(batch.step)
-            self._figures = dataclasses.replace(
-                figures,
-                composed_through=max(figures.composed_through, batch.step),
-                stall_s=figures.stall_s + stall_s,
-                sequences_served=figures.sequences_served
-                + sum(len(lane.domain_ids) for lane in batch.lanes),
-            )
+            if is_waited_for:
+                self._stall_s += max(self._now() - waited_since, 0.0)
+            self._sequences_served += sum(len(lane.domain_ids) for lane in batch.lanes)
+            listener.step = batch.step
+            oldest = min(each.step for each in self._listeners)
+        if batch.step % _FORGET_EVERY == 0:
+            self._configured()[1].forget_before(Step(oldest - _STEPS_REMEMBERED))
 
     def _configured(self) -> tuple[WindowSource, PlanBoard]:
         with self._lock:

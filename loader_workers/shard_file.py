@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -12,7 +13,10 @@ from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from loader_workers.tar import TarReader
-from protos.errors import ConfigError, ShardUnreadable
+from protos.errors import ConfigError, NotReady, ShardUnreadable
+
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of a process or machine that has run out of something, not of the file."""
 
 _BUFFER_BYTES = 1 << 20
 
@@ -77,10 +81,13 @@ def open_shard(url: str) -> Iterator[OpenShard]:
 
     Raises:
         ShardUnreadable: it cannot be opened, or reading fails within the block.
+        NotReady: this process is short of files or memory, which says nothing about the shard.
     """
     try:
         with local_path(url).open("rb") as raw:
             num_bytes = os.fstat(raw.fileno()).st_size
             yield OpenShard(raw, num_bytes=num_bytes, url=url)
     except OSError as error:
+        if error.errno in SHORTAGES:
+            raise NotReady(f"cannot read {url} now: {error.strerror}") from error
         raise ShardUnreadable(f"{url}: {error.strerror or error}") from error

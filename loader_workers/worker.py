@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _QUARANTINES_A_BEAT = 256
 _READY_SLICE_S = 0.5
+_OPEN_FILES = 65_536
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,7 +286,8 @@ def default_cache_dir() -> Path:
 
 
 def _raise_file_limit() -> None:
-    """Allow as many open files as the system lets us: each mapped token shard holds one."""
+    """Allow more open files if the system lets us: each mapped token shard holds one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

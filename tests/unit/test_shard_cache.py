@@ -18,6 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 from loader_workers import cache as cache_module
+from loader_workers import shard_file
 from loader_workers.build_pool import BuildPool
 from loader_workers.cache import ShardCache, private_directory
 from loader_workers.convert import Converter, Documents
@@ -205,6 +206,23 @@ def test_a_disk_without_room_does_not_stop_the_stream(
         assert len(cache.get(shard).tokens)
         cache.get(shard)
         assert counting.num_calls == 1
+        assert not cache.quarantines()
+
+
+def test_a_process_without_free_files_does_not_take_the_shard_for_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (shard, *_) = _index(tmp_path).shards("web")
+    with _cache(tmp_path / "c", _CountingTokenize()) as cache:
+        with monkeypatch.context() as patched:
+
+            def no_files(url: str) -> Path:
+                raise OSError(24, "Too many open files")
+
+            patched.setattr(shard_file, "local_path", no_files)
+            with pytest.raises(NotReady, match="Too many open files"):
+                cache.get(shard)
+        assert len(cache.get(shard).tokens)
         assert not cache.quarantines()
 
 

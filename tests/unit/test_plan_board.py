@@ -1,0 +1,204 @@
+"""When a step may be composed: sealed, or the controller is silent and a rank waits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from loader_workers.plans import PlanBoard, Turn
+from loader_workers.service import check_opening
+from protos.dataset_index import DatasetIndex, ShardRef
+from protos.errors import InvalidMessage, NotReady, StaleGeneration
+from protos.slots import lane_counts
+from protos.types import Generation, Lane, OpenStream, PlanEvent, Rank, Step
+from tests.fakes_loader import make_spec, scripted_plans
+
+INDEX = DatasetIndex(
+    ShardRef(domain=name, url=name, num_bytes=1, num_samples=9, text_bytes=1, sha256="0" * 64)
+    for name in ("web", "code")
+)
+SPEC = make_spec(INDEX, degraded_after_s=10.0)
+PLANS = scripted_plans(SPEC, {0: [0.3, 0.7], 5: [0.8, 0.2]})
+
+
+class _Board(PlanBoard):
+    """A board on a clock that tests turn."""
+
+    def __init__(self) -> None:
+        self.clock = 0.0
+        super().__init__(SPEC, now=lambda: self.clock)
+
+    def say(
+        self,
+        plans: Sequence[object] = (),
+        *,
+        sealed_through: int,
+        generation: int = 1,
+        reset: bool = False,
+    ) -> None:
+        self.hear(
+            PlanEvent(
+                generation=Generation(generation),
+                plans=tuple(plans),  # type: ignore[arg-type]
+                sealed_through=sealed_through,
+                reset=reset,
+            )
+        )
+
+    def turn(self, step: int, *, needed_step: int = -1, generation: int = 1) -> Turn:
+        """Return the turn of a step that may be composed now."""
+        found = self.wait_turn(
+            Step(step),
+            Generation(generation),
+            may_send=lambda: True,
+            needed_step=lambda: needed_step,
+        )
+        assert found is not None
+        return found
+
+    def would_wait(self, step: int, *, needed_step: int = -1, credit: bool = True) -> bool:
+        """Say whether the stream of a step has to wait; then its rank goes away."""
+        asked = 0
+
+        def may_send() -> bool | None:
+            nonlocal asked
+            asked += 1
+            # The board asks anew after each wait.
+            return credit if asked == 1 else None
+
+        waker = threading.Timer(0.05, self._wake)
+        waker.start()
+        found = self.wait_turn(
+            Step(step), Generation(1), may_send=may_send, needed_step=lambda: needed_step
+        )
+        waker.join()
+        return found is None
+
+    def _wake(self) -> None:
+        with self.changed:
+            self.changed.notify_all()
+
+
+def _begun(sealed_through: int = 1) -> _Board:
+    board = _Board()
+    board.say(PLANS[:1], sealed_through=sealed_through, reset=True)
+    return board
+
+
+def test_a_sealed_step_has_its_turn_with_the_plan_in_force() -> None:
+    board = _begun()
+    board.say(PLANS[1:], sealed_through=6)
+    assert [board.turn(step).plan_version for step in (4, 5, 6)] == [1, 2, 2]
+    assert board.turn(4).wanted == [1, 0]
+    assert board.turn(5).wanted == [0, 1]
+    assert int(board.turn(5).counts.sum()) == SPEC.global_sequences
+    assert board.would_wait(7)
+
+
+def test_an_unsealed_step_waits_while_the_controller_speaks() -> None:
+    board = _begun()
+    for _ in range(5):
+        board.clock += 9.0
+        assert board.would_wait(2, needed_step=2)
+        board.say(sealed_through=1)
+
+
+def test_silence_alone_composes_nothing_that_no_rank_waits_for() -> None:
+    board = _begun()
+    board.clock = 11.0
+    assert board.would_wait(2)
+    assert board.would_wait(2, needed_step=1)
+    assert board.would_wait(2, needed_step=2, credit=False)
+    turn = board.turn(2, needed_step=2)
+    assert (turn.degraded, turn.plan_version, board.num_degraded) == (True, 1, 1)
+
+
+def test_a_step_is_said_to_be_composed_as_soon_as_it_has_its_turn() -> None:
+    board = _begun()
+    board.turn(0)
+    assert board.composed_through == 0
+    board.clock = 11.0
+    board.turn(2, needed_step=2)
+    board.turn(2, needed_step=2)
+    assert (board.composed_through, board.num_degraded) == (2, 1)
+    board.say(PLANS, sealed_through=1, generation=2, reset=True)
+    assert board.composed_through == -1
+
+
+def test_the_plans_of_an_older_generation_are_ignored() -> None:
+    board = _begun()
+    board.say(PLANS, sealed_through=3, generation=4, reset=True)
+    board.say(PLANS[:1], sealed_through=99, generation=3, reset=True)
+    assert (board.generation, board.sealed_through) == (4, 3)
+    with pytest.raises(StaleGeneration, match="generation 1 has ended, 4 is the newest"):
+        board.turn(0)
+
+
+def test_plans_of_a_generation_whose_start_was_missed_are_not_used() -> None:
+    board = _begun()
+    board.say(PLANS[1:], sealed_through=9, generation=2)
+    assert (board.generation, board.sealed_through) == (1, 1)
+
+
+def test_a_plan_that_does_not_follow_from_those_held_is_refused() -> None:
+    other = scripted_plans(SPEC, {0: [0.5, 0.5], 5: [0.8, 0.2]})
+    assert other[1].carry_q32 != PLANS[1].carry_q32
+    with pytest.raises(InvalidMessage, match="the plans before it lead to"):
+        _begun().say(other[1:], sealed_through=5)
+
+
+def test_closing_sends_away_all_who_wait() -> None:
+    board = _begun()
+    threading.Timer(0.05, board.close).start()
+    with pytest.raises(NotReady, match="stopping"):
+        board.turn(9)
+    with pytest.raises(NotReady, match="stopping"):
+        board.wait_generation(Generation(7))
+
+
+def test_what_lanes_used_between_two_steps_is_the_sum_of_their_counts() -> None:
+    board = _begun(sealed_through=9)
+    board.say(PLANS[1:], sealed_through=9)
+    starts = {Lane(0): Step(3), Lane(2): Step(6), Lane(3): Step(8)}
+    totals = board.lane_totals(starts, Step(8))
+    for lane, start in starts.items():
+        expected = sum(
+            (
+                lane_counts(board.turn(step).counts, lanes=4, seed=SPEC.seed, step=Step(step))[lane]
+                for step in range(start, 8)
+            ),
+            np.zeros(2, np.int64),
+        )
+        np.testing.assert_array_equal(totals[lane], expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"cursors": {}, "cursor_steps": {}}, "there must be at least one lane"),
+        ({"credits": -1}, "neither number may be negative"),
+        ({"cursor_steps": {}}, "each cursor needs its step"),
+        ({"first_slot": 8, "end_slot": 8}, r"slots \[8, 8\); a step has 16"),
+        ({"cursors": {9: np.zeros((2, 3))}, "cursor_steps": {9: 0}}, "lane 9 of 4 has none"),
+        ({"cursors": {0: np.zeros((3, 3))}}, r"lane 0 has the shape \(3, 3\); the run has 2"),
+        ({"cursor_steps": {0: 8}}, "stands at step 8, after step 7 that rank 0 asks for"),
+    ],
+)
+def test_an_opening_that_cannot_be_is_refused(changes: dict[str, object], sentence: str) -> None:
+    values: dict[str, object] = {
+        "run_id": SPEC.run_id,
+        "generation": Generation(1),
+        "rank": Rank(0),
+        "from_step": Step(7),
+        "first_slot": 0,
+        "end_slot": 8,
+        "cursors": {Lane(0): np.zeros((2, 3), np.uint32)},
+        "cursor_steps": {Lane(0): Step(7)},
+        "credits": 2,
+    }
+    check_opening(OpenStream(**values), SPEC)  # type: ignore[arg-type]
+    with pytest.raises(InvalidMessage, match=sentence):
+        check_opening(OpenStream(**{**values, **changes}), SPEC)  # type: ignore[arg-type]
