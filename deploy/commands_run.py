@@ -36,8 +36,9 @@ def run(
     ranks: Annotated[int, typer.Option(min=1, help="Trainer ranks under torchrun.")] = 2,
     workers: Annotated[int | None, typer.Option(help="Loader workers. Default: 2.")] = None,
     model: Annotated[
-        str, typer.Option(help="tiny, 14m, 70m, 160m, 410m or 1b: Pythia-shaped GPTs.")
-    ] = "tiny",
+        str | None,
+        typer.Option(help="tiny, 14m, 70m, 160m, 410m or 1b: Pythia-shaped GPTs. Default: tiny."),
+    ] = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(help="A tokenizer.json. None: a byte-level BPE is trained on the data."),

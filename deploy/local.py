@@ -9,14 +9,11 @@ torchrun, ranks  harness      the run is over, fails, or is stopped; then everyt
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -25,26 +22,32 @@ from controller.config import RunConfig, load_run_file
 from deploy.dataset import ensure_index
 from deploy.failures import Stopped, TrainerFailed
 from deploy.history import LOG_PATTERN
-from deploy.local_ray import local_ray, python_path, temporary_folder
+from deploy.local_ray import local_ray, temporary_folder
 from deploy.plots import draw_plots
 from deploy.prepare import prepare_run
 from deploy.processes import ChildProcess, StopSignals
 from deploy.progress import Progress
 from deploy.report import (
-    RECEIVED,
     examine,
     make_report,
     print_report,
     write_report,
     write_run_digests,
 )
-from deploy.runfile import TINY_LR, RunOptions
+from deploy.runfile import RunOptions
+from deploy.training import (
+    RECEIVED,
+    Training,
+    choose_training,
+    keep_training,
+    trainer_command,
+    trainer_environment,
+)
 from protos.client import AdminClient
 from protos.errors import HeadraceError, Retryable
 from protos.types import RunStatus
 
 TRAINER_LOG = "trainer.log"
-CHECKPOINTS = "checkpoints"
 CACHE = "cache"
 
 _POLL_S = 0.5
@@ -73,12 +76,21 @@ def run_local(options: RunOptions, console: Console) -> dict[str, Any]:
     """
     with Progress(console) as progress:
         with _terminable():
-            run_file = prepare_run(options, progress)
-            config = load_run_file(run_file)
+            training = choose_training(options)
+            config = _with_workers(load_run_file(prepare_run(options, progress)), options)
+            keep_training(training, options.out)
             with progress.stage("indexing the shards"):
                 ensure_index(config)
-        outcome = _train(options, config, progress)
-        return _report(options, config, outcome, progress, console)
+        outcome = _train(options, training, config, progress)
+        return _report(options, training, config, outcome, progress, console)
+
+
+def _with_workers(config: RunConfig, options: RunOptions) -> RunConfig:
+    """Return the run with the number of workers asked for, which a resume may change."""
+    if options.workers is None:
+        return config
+    workers = config.workers.model_copy(update={"count": options.workers})
+    return config.model_copy(update={"workers": workers})
 
 
 @contextmanager
@@ -95,7 +107,9 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
-def _train(options: RunOptions, config: RunConfig, progress: Progress) -> Outcome:
+def _train(
+    options: RunOptions, training: Training, config: RunConfig, progress: Progress
+) -> Outcome:
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals())
         folder = stack.enter_context(temporary_folder())
@@ -116,9 +130,9 @@ def _train(options: RunOptions, config: RunConfig, progress: Progress) -> Outcom
         stack.callback(admin.close)
         started = time.monotonic()
         trainer = ChildProcess(
-            trainer_command(options, config, address),
+            trainer_command(options, training, config, address),
             log=options.out / TRAINER_LOG,
-            env=_trainer_environment(folder),
+            env=trainer_environment(folder),
         )
         watch = _Watch(admin, trainer, actors, progress, stop)
         try:
@@ -176,38 +190,6 @@ class _Watch:
             return
 
 
-def trainer_command(options: RunOptions, config: RunConfig, address: str) -> list[str]:
-    """Return the command line of the training script under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={options.ranks}", "-m", "deploy.examples.train"]
-    command += ["--controller", address, "--model", options.model, "--seed", str(config.seed)]
-    command += ["--checkpoint-dir", str(options.out.resolve() / CHECKPOINTS)]
-    command += ["--checkpoint-every", str(options.checkpoint_every)]
-    command += ["--delivery-log", str(options.out.resolve() / RECEIVED)]
-    lr = options.lr if options.lr is not None or options.model != "tiny" else TINY_LR
-    if lr is not None:
-        command += ["--lr", str(lr)]
-    if options.until is not None:
-        command += ["--until", str(options.until)]
-    if options.resume:
-        command.append("--resume")
-    return command
-
-
-def _trainer_environment(folder: Path) -> dict[str, str]:
-    ours = {
-        "PYTHONPATH": python_path(),
-        "PYTHONUNBUFFERED": "1",
-        # Ranks share this machine's cores.
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        # Whatever libraries leave behind goes with the run's own folder.
-        "TMPDIR": str(folder),
-    }
-    return {**os.environ, **ours}
-
-
 def _failure(trainer: ChildProcess) -> str:
     lines = "\n".join(f"  {line}" for line in trainer.last_lines(_LAST_LINES))
     return (
@@ -218,6 +200,7 @@ def _failure(trainer: ChildProcess) -> str:
 
 def _report(
     options: RunOptions,
+    training: Training,
     config: RunConfig,
     outcome: Outcome,
     progress: Progress,
@@ -233,7 +216,8 @@ def _report(
     report = make_report(
         findings,
         ranks=options.ranks,
-        model=options.model,
+        workers=config.workers.count,
+        model=training.model,
         wall_s=outcome.wall_s,
         status=outcome.status,
     )

@@ -23,6 +23,13 @@ _COLOURS = (
     *("#a463f2", "#97bbf5", "#9c6b4e", "#9498a0"),
 )
 _GREY = "#666666"
+_NEUTRAL = "#e4e4e4"
+
+_LEAST_LIMIT = 0.1
+"""Cosines within this of 0 never fill the scale."""
+
+_MOST_NUMBERED = 12
+"""More domains than this leave no room for numbers."""
 
 
 def draw_plots(record: RunRecord, domains: Sequence[str], out: Path, *, title: str) -> list[Path]:
@@ -90,8 +97,8 @@ def _loss(record: RunRecord, domains: Sequence[str], path: Path, title: str) -> 
 
 
 def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the mean of the values around each, over a twentieth of them."""
-    half = max(len(values) // 40, 1)
+    """Return the mean of the values around each, over a twelfth of them."""
+    half = max(len(values) // 24, 1)
     sums = np.cumsum(np.insert(values, 0, 0.0))
     ends = np.minimum(np.arange(len(values)) + half + 1, len(values))
     starts = np.maximum(np.arange(len(values)) - half, 0)
@@ -104,33 +111,41 @@ def _heat_maps(
 ) -> Path:
     quarter = max(len(measured) // 4, 1)
     spans = {"first": measured[:quarter], "last": measured[-quarter:]}
+    cosines = {name: _mean_cosines(record, steps) for name, steps in spans.items()}
+    limit = max(_LEAST_LIMIT, *(_largest_beside_diagonal(matrix) for matrix in cosines.values()))
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{title}: how far the domains' gradients agree", fontsize=12)
     image = None
     for position, (name, steps) in enumerate(spans.items(), start=1):
         axes = figure.add_subplot(1, 2, position)
-        cosines = _mean_cosines(record, steps)
-        image = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
+        # A domain always agrees with itself; in colour that would drown all else.
+        beside = np.where(np.eye(len(domains), dtype=bool), np.nan, cosines[name])
+        axes.set_facecolor(_NEUTRAL)
+        image = axes.imshow(beside, cmap="RdBu_r", vmin=-limit, vmax=limit)
         axes.set_title(f"steps {steps[0]}-{steps[-1]} ({name} quarter)", fontsize=10, color=_GREY)
         axes.set_xticks(range(len(domains)), domains, rotation=40, ha="right", fontsize=9)
         axes.set_yticks(range(len(domains)), domains, fontsize=9)
-        _write_numbers(axes, cosines)
+        _write_numbers(axes, beside, limit)
     if image is not None:
         bar = figure.colorbar(image, ax=figure.axes, shrink=0.85, pad=0.02)
         bar.set_label("cosine of the mean gradients")
     return _save(figure, path)
 
 
-def _write_numbers(axes: Any, cosines: NDArray[np.float64]) -> None:
-    if len(cosines) > 12:
+def _largest_beside_diagonal(matrix: NDArray[np.float64]) -> float:
+    beside = np.abs(matrix[~np.eye(len(matrix), dtype=bool)])
+    return float(np.nanmax(beside)) if np.isfinite(beside).any() else 0.0
+
+
+def _write_numbers(axes: Any, cosines: NDArray[np.float64], limit: float) -> None:
+    if len(cosines) > _MOST_NUMBERED:
         return
     for (row, column), value in np.ndenumerate(cosines):
         if np.isfinite(value):
-            colour = "white" if abs(value) > 0.6 else "black"
-            axes.text(
-                column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8
-            )
+            colour = "white" if abs(value) > 0.65 * limit else "black"
+            text = f"{round(value, 2) + 0.0:.2f}"  # + 0.0 makes -0.00 a 0.00
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
 
 
 def _alignment(record: RunRecord, step: int) -> NDArray[np.float64] | None:

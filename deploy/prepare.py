@@ -29,6 +29,19 @@ _SHARD_MB = 0.5
 
 _MIN_DOCUMENTS_A_LANE = 2
 
+_FIXED_BY_RUN_FILE = (
+    "data",
+    "config",
+    "tokenizer",
+    "policy",
+    "steps",
+    "seed",
+    "sequence_length",
+    "global_sequences",
+    "lanes",
+    "settings",
+)
+
 
 def prepare_run(options: RunOptions, progress: Progress) -> Path:
     """Return the run file of a run that is ready to start; make what is missing.
@@ -41,6 +54,7 @@ def prepare_run(options: RunOptions, progress: Progress) -> Path:
     if options.resume:
         if not run_file.is_file():
             raise ConfigError(f"{options.out} holds no run to resume: there is no {RUN_FILE} in it")
+        _refuse_changes(options)
         return run_file
     if run_file.exists():
         raise ConfigError(
@@ -70,6 +84,17 @@ def _nothing_left_behind(out: Path) -> Iterator[None]:
         if out not in held and out.is_dir() and not any(out.iterdir()):
             out.rmdir()
         raise
+
+
+def _refuse_changes(options: RunOptions) -> None:
+    given = [name for name in _FIXED_BY_RUN_FILE if getattr(options, name) not in (None, ())]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        flags = flags.replace("--settings", "--set")
+        raise ConfigError(
+            f"a resumed run keeps what its run.yaml says: leave out {flags} (--ranks, --workers "
+            "and --until may change)"
+        )
 
 
 def move_aside(out: Path) -> Path | None:

@@ -19,13 +19,11 @@ from deploy.dataset import ShardOrder, open_dataset
 from deploy.history import History, read_deliveries, trained_history, write_digests
 from deploy.record import LEDGER, RunRecord, read_record
 from deploy.runfile import RUN_FILE
+from deploy.training import RECEIVED
 from protos.types import RunStatus
 
 REPORT = "report.json"
 DIGESTS = "digests.jsonl"
-RECEIVED = "received"
-"""Folder of the delivery logs."""
-
 _EDGE_STEPS = 0.05
 """Share of the steps over which the first and last losses are averaged."""
 
@@ -74,7 +72,13 @@ def examine(out: Path) -> Findings:
 
 
 def make_report(
-    findings: Findings, *, ranks: int, model: str, wall_s: float, status: RunStatus | None
+    findings: Findings,
+    *,
+    ranks: int,
+    workers: int,
+    model: str,
+    wall_s: float,
+    status: RunStatus | None,
 ) -> dict[str, Any]:
     """Return what report.json holds; `status` is the controller's last word, if there was one."""
     config, record = findings.config, findings.record
@@ -88,7 +92,7 @@ def make_report(
         "steps": len(findings.history.steps),
         "planned_steps": config.steps,
         "ranks": ranks,
-        "workers": config.workers.count,
+        "workers": workers,
         "model": model,
         "tokens": tokens,
         "wall_s": round(wall_s, 3),

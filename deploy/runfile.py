@@ -39,7 +39,9 @@ class RunOptions:
     """`dotted.key=value`, the value as in YAML."""
 
     ranks: int = 2
-    model: str = "tiny"
+    model: str | None = None
+    """None: `tiny`, or on a resume the one that the run began with."""
+
     lr: float | None = None
     digest: bool = False
     resume: bool = False
@@ -63,8 +65,7 @@ _BUILT_IN: Settings = {
     "workers": {"count": 2},
 }
 
-TINY_LR = 3e-3
-"""A tiny model learns little in a few hundred steps at a rate that suits larger ones."""
+DEFAULT_MODEL = "tiny"
 
 SMALL_ACODM: Settings = {"width": 128, "depth": 3}
 """With AC-ODM's own 1024 x 5 networks, the policy would work longer than the tiny model."""
@@ -105,7 +106,7 @@ def _apply_options(settings: Settings, options: RunOptions) -> None:
             _assign(settings, key.split("."), value)
     if options.policy is not None and settings["policy"].get("name") != options.policy:
         settings["policy"] = {"name": options.policy}
-    if settings["policy"].get("name") == "acodm" and options.model == "tiny":
+    if settings["policy"].get("name") == "acodm" and (options.model or DEFAULT_MODEL) == "tiny":
         settings["policy"] = {**SMALL_ACODM, **settings["policy"]}
 
 
