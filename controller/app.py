@@ -16,9 +16,10 @@ from controller import history as past
 from controller.bad_share import BadShare
 from controller.config import RunConfig, run_spec
 from controller.guard import Guard
+from controller.hands import Hands, Pace
 from controller.history import History
 from controller.ledger import Ledger
-from controller.loop import ControlLoop, Hands, Pace
+from controller.loop import ControlLoop
 from controller.metrics import Metrics
 from controller.policy import artefact
 from controller.policy.base import Policy, PolicyContext
@@ -109,7 +110,7 @@ async def run_controller(
         history = await ledger_thread.call(_open_history, ledger, config, prepared)
         runner = PolicyRunner(prepared.policy, budget_s=config.guard.time_budget_s)
         stack.callback(runner.close, config.guard.time_budget_s)
-        await _bring_up(runner, history, ledger, ledger_thread)
+        await bring_up(runner, history, ledger, ledger_thread)
         loop, service = _assemble(config, prepared, history, ledger, ledger_thread, runner)
         deciding = await stack.enter_async_context(_deciding(loop))
         address = await stack.enter_async_context(
@@ -148,7 +149,7 @@ def _open_history(ledger: Ledger, config: RunConfig, prepared: Prepared) -> Hist
     return past.read_history(ledger, prepared.spec)
 
 
-async def _bring_up(
+async def bring_up(
     runner: PolicyRunner, history: History, ledger: Ledger, ledger_thread: SingleThread
 ) -> None:
     """Bring the policy to where it was: the newest snapshot that fits, and what came after it."""

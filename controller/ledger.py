@@ -234,15 +234,21 @@ def read_rows(
 def reading_ledger(path: Path) -> Iterator[sqlite3.Connection]:
     """Open a ledger only to read it, also while a controller writes; for `read_rows`, `verify`.
 
+    All reads see the ledger as it was when it was opened.
+
     Raises:
         LedgerError: it is missing or no ledger of this version.
     """
     if not path.is_file():
         raise LedgerError(f"there is no ledger at {path}")
     with _explained(f"cannot read the ledger {path}"):
-        database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        database = sqlite3.connect(
+            f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None
+        )
     with contextlib.closing(database):
         with _explained(f"cannot read the ledger {path}"):
+            # One transaction, so that all is read as it was at one moment.
+            database.execute("BEGIN")
             (version,) = database.execute("PRAGMA user_version").fetchone()
         if version != SCHEMA_VERSION:
             raise LedgerError(

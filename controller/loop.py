@@ -17,14 +17,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from controller import history as past
 from controller.aggregate import Aggregator, add_up, cursors_after
 from controller.decide import choose, delivered_epochs
-from controller.guard import Guard
+from controller.hands import Hands, Pace
 from controller.history import Steering
-from controller.ledger import Ledger
 from controller.ledger_schema import (
     Entry,
     Kind,
@@ -35,13 +33,10 @@ from controller.ledger_schema import (
     plan_entry,
 )
 from controller.membership import Gathering, Membership, joined_cursors
-from controller.metrics import Metrics
-from controller.policy_runner import Advice, PolicyRunner
-from controller.snapshots import Snapshots
+from controller.policy_runner import Advice
 from controller.state import RunState
 from controller.step_row import StepRow
-from controller.threads import Signal, SingleThread
-from controller.workers import Workers
+from controller.threads import Signal
 from protos.errors import StaleGeneration
 from protos.types import Mixture, ReportAnswer, Step, StepReport
 
@@ -52,27 +47,6 @@ TICK_S = 0.25
 
 _BEHIND = Advice(shares=None, fault="the policy is too many steps behind")
 _SILENCE = Advice(shares=None, fault="no rank reported the step")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pace:
-    """How long the loop waits, and how often it saves."""
-
-    report_grace_s: float
-    snapshot_every: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Hands:
-    """What the loop works with; it owns none of them."""
-
-    ledger: Ledger
-    ledger_thread: SingleThread
-    policy: PolicyRunner
-    guard: Guard
-    workers: Workers
-    snapshots: Snapshots
-    metrics: Metrics
 
 
 class ControlLoop:
@@ -256,7 +230,13 @@ class ControlLoop:
                 self._start_snapshot()
         if failed:
             return
-        await asyncio.wait({deciding, *self._saving}, timeout=timeout_s)
+        await asyncio.wait({deciding}, timeout=timeout_s)
+        await self.finish_saving(timeout_s=timeout_s)
+
+    async def finish_saving(self, *, timeout_s: float = 10.0) -> None:
+        """Write what was noted, and wait for the policy's state to be saved."""
+        if self._saving:
+            await asyncio.wait(self._saving, timeout=timeout_s)
         await self.flush()
 
     def worker_lost(self, worker_id: str, reason: str) -> None:

@@ -102,9 +102,9 @@ class JoinBarrier:
             )
         _check_cursors(request, self._spec)
         if self._gathering.is_starting:
-            if self._gathering.requests.get(request.rank) is not None and (
-                self._gathering.requests[request.rank].attempt_id == request.attempt_id
-            ):
+            known = self._gathering.requests.get(request.rank)
+            is_known = known is not None and known.attempt_id == request.attempt_id
+            if is_known and self._gathering.outcome is None:
                 return self._gathering
             self._gathering = Gathering()
         try:

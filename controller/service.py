@@ -46,6 +46,8 @@ FIRST_BEAT_TIMEOUT_S = 10.0
 
 CHUNK_BYTES = 1 << 20
 
+_STOPS = "the controller stops; join again when it is back"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blobs:
@@ -97,13 +99,15 @@ class Service:
         """End all streams and waits, so that the server can stop."""
         self._stopping.set()
         self._loop.changed.notify()
-        self._joining.close("the controller stops; join again when it is back")
+        self._joining.close(_STOPS)
 
     # For ranks.
 
     async def join(self, request: JoinRequest) -> JoinAnswer:
         """See `ControlService.join`."""
         self._check_going_on()
+        if self._stopping.is_set():
+            raise NotReady(_STOPS)
         return await self._joining.join(request)
 
     async def locate(self, generation: Generation) -> Sequence[LaneEndpoint]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,10 @@ import numpy as np
 from controller import history as past
 from controller.app import Prepared, prepare
 from controller.config import RunConfig, parse_run
+from controller.hands import Hands, Pace
 from controller.history import History
 from controller.ledger import Ledger
-from controller.loop import ControlLoop, Hands, Pace
+from controller.loop import ControlLoop
 from controller.metrics import Metrics
 from controller.observation import StepObservation
 from controller.policy.base import Policy, PolicyState, Statistic
@@ -94,7 +96,7 @@ def run_document(folder: Path, **changes: Any) -> dict[str, Any]:
             document[key] = {**document.get(key, {}), **value}
         else:
             document[key] = value
-    return document
+    return copy.deepcopy(document)
 
 
 def small_run(folder: Path, **changes: Any) -> RunConfig:
@@ -140,9 +142,8 @@ def make_report(
 ) -> StepReport:
     """Return a report whose numbers depend on rank and step alone."""
     slots = rank_slots(rank, world_size=world_size, global_sequences=spec.global_sequences)
-    if counts is None:
-        counts = np.bincount(np.arange(len(slots)) % spec.num_domains, minlength=spec.num_domains)
-    sequences = np.asarray(counts, dtype=np.int64)
+    even = np.bincount(np.arange(len(slots)) % spec.num_domains, minlength=spec.num_domains)
+    sequences = np.asarray(even if counts is None else counts, dtype=np.int64)
     tokens = sequences * spec.sequence_length
     draw = np.random.default_rng((step + 1, rank))
     sketch = draw.normal(size=(spec.num_domains, 8))
@@ -197,6 +198,7 @@ class Bench:
         self.config = config
         self.spec = prepared.spec
         self.ledger = ledger
+        self.ledger_thread = ledger_thread
         self.clock = now
         self.workers = Workers(self.spec, expiry_s=config.control.worker_timeout_s, now=now)
         self.workers.quarantine(history.quarantines)
