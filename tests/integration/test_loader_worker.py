@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ import pytest
 from loader_workers.composer import Composer
 from loader_workers.index import build_index
 from loader_workers.worker import Worker, WorkerSettings
-from protos.client import DataClient, Stream
 from protos.dataset_index import DatasetIndex
 from protos.errors import (
     HeadraceError,
@@ -34,20 +33,15 @@ from protos.planbook import PlanBook
 from protos.slots import lanes_of, rank_slots
 from protos.types import (
     Credit,
-    Cursors,
     Generation,
     Lane,
     LaneBatch,
-    OpenStream,
     Plan,
     PlanEvent,
-    Rank,
     RunSpec,
     Step,
-    StepBatch,
 )
 from tests.fakes_loader import (
-    BlockingCredits,
     ScriptedController,
     ServedController,
     make_source,
@@ -57,8 +51,7 @@ from tests.fakes_loader import (
     tokenizer_json,
     write_text_shards,
 )
-
-GENERATION = Generation(1)
+from tests.fakes_stream import GENERATION, RankStream, whole_stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,61 +104,6 @@ def _served(
         yield served, workers
 
 
-class _Rank:
-    """A rank's stream from one worker."""
-
-    def __init__(
-        self,
-        spec: RunSpec,
-        endpoint: str,
-        *,
-        slots: range,
-        lanes: Sequence[Lane],
-        credits: int = 100,
-        from_step: int = 0,
-        cursors: Cursors | None = None,
-        cursor_step: int = 0,
-        **changes: object,
-    ) -> None:
-        self.credits = BlockingCredits()
-        self._client = DataClient(endpoint)
-        zeros = np.zeros((spec.num_domains, 3), np.uint32)
-        values: dict[str, object] = {
-            "run_id": spec.run_id,
-            "generation": GENERATION,
-            "rank": Rank(0),
-            "from_step": Step(from_step),
-            "first_slot": slots.start,
-            "end_slot": slots.stop,
-            "cursors": cursors or dict.fromkeys(lanes, zeros),
-            "cursor_steps": dict.fromkeys(lanes, Step(cursor_step)),
-            "credits": credits,
-        }
-        self.stream: Stream[StepBatch] = self._client.stream_batches(
-            OpenStream(**{**values, **changes}),  # type: ignore[arg-type]  # a bag of defaults
-            self.credits,
-            token_dtype=spec.token_dtype,
-            sequence_length=spec.sequence_length,
-        )
-
-    def take(self, count: int) -> list[StepBatch]:
-        return [next(self.stream) for _ in range(count)]
-
-    def __enter__(self) -> _Rank:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.credits.end()
-        self.stream.cancel()
-        self._client.close()
-
-
-def _whole(spec: RunSpec, endpoint: str, **options: object) -> _Rank:
-    slots = range(spec.global_sequences)
-    lanes = [Lane(lane) for lane in range(spec.lanes)]
-    return _Rank(spec, endpoint, slots=slots, lanes=lanes, **options)  # type: ignore[arg-type]
-
-
 def _direct(corpus: _Corpus, folder: Path, *, steps: int) -> list[tuple[LaneBatch, ...]]:
     """Compose the whole batches without service, wire or worker."""
     spec = corpus.spec
@@ -200,7 +138,7 @@ def test_ranks_get_their_slots_of_what_a_direct_composition_gives(
             slots = rank_slots(rank, world_size=world_size, global_sequences=16)
             for lane in lanes_of(slots, slots_per_lane=spec.slots_per_lane):
                 worker = workers[lane % num_workers]
-                with _Rank(spec, worker.endpoint, slots=slots, lanes=[lane]) as one:
+                with RankStream(spec, worker.endpoint, slots=slots, lanes=[lane]) as one:
                     for batch in one.take(10):
                         (got,) = batch.lanes
                         _same(got, expected[batch.step][lane])
@@ -220,7 +158,7 @@ def test_a_stream_opens_at_any_step_with_cursors_of_it_or_of_an_earlier_one(
     cursors = {batch.lane: batch.cursor_after for batch in expected[cursor_step - 1]}
     with (
         _served(corpus, tmp_path) as (_, (worker,)),
-        _whole(
+        whole_stream(
             corpus.spec, worker.endpoint, from_step=6, cursors=cursors, cursor_step=cursor_step
         ) as rank,
     ):
@@ -233,7 +171,7 @@ def test_nothing_is_composed_before_its_seal_nor_beyond_the_credits(tmp_path: Pa
     corpus = _corpus(tmp_path)
     with (
         _served(corpus, tmp_path, sealed_through=1) as (served, (worker,)),
-        _whole(corpus.spec, worker.endpoint, credits=4) as rank,
+        whole_stream(corpus.spec, worker.endpoint, credits=4) as rank,
     ):
         assert [batch.step for batch in rank.take(2)] == [0, 1]
         assert worker.beat().composed_through == 1
@@ -256,7 +194,7 @@ def test_a_worker_goes_on_with_the_last_plan_only_when_a_rank_waits_and_the_cont
     expected = _direct(corpus, tmp_path, steps=4)
     with (
         _served(corpus, tmp_path, sealed_through=0) as (_, (worker,)),
-        _whole(corpus.spec, worker.endpoint) as rank,
+        whole_stream(corpus.spec, worker.endpoint) as rank,
     ):
         assert not rank.take(1)[0].degraded
         rank.credits.put(Credit(needed_step=2))
@@ -273,13 +211,13 @@ def test_a_stream_of_an_old_generation_is_refused_and_ends_when_a_new_one_begins
 ) -> None:
     corpus = _corpus(tmp_path)
     with _served(corpus, tmp_path) as (served, (worker,)):
-        with _whole(corpus.spec, worker.endpoint) as rank:
+        with whole_stream(corpus.spec, worker.endpoint) as rank:
             rank.take(2)
             served.say(_begin(corpus, sealed_through=1, generation=2))
             with pytest.raises(StaleGeneration, match="generation 1 has ended, 2 is the newest"):
                 rank.take(9)
         with (
-            _whole(corpus.spec, worker.endpoint) as late,
+            whole_stream(corpus.spec, worker.endpoint) as late,
             pytest.raises(StaleGeneration, match="generation 1 has ended"),
         ):
             late.take(1)
@@ -289,7 +227,7 @@ def test_a_stream_that_comes_before_word_of_its_generation_waits_for_it(tmp_path
     corpus = _corpus(tmp_path)
     with (
         _served(corpus, tmp_path, sealed_through=-1) as (served, (worker,)),
-        _whole(corpus.spec, worker.endpoint) as rank,
+        whole_stream(corpus.spec, worker.endpoint) as rank,
     ):
         served.say(_begin(corpus, sealed_through=0))
         assert rank.take(1)[0].step == 0
@@ -330,7 +268,7 @@ def test_a_request_that_does_not_fit_the_run_is_refused_in_one_sentence(
     corpus = _corpus(tmp_path)
     with (
         _served(corpus, tmp_path) as (_, (worker,)),
-        _whole(corpus.spec, worker.endpoint, **changes) as rank,
+        whole_stream(corpus.spec, worker.endpoint, **changes) as rank,
         pytest.raises(error, match=sentence),
     ):
         rank.take(1)
@@ -349,7 +287,7 @@ def test_a_worker_outlives_its_controller_and_enlists_with_the_next(tmp_path: Pa
             worker = stack.enter_context(Worker(settings, stop=threading.Event()))
             worker.wait_ready(timeout_s=20)
             first.say(_begin(corpus, sealed_through=3))
-            rank = stack.enter_context(_whole(corpus.spec, worker.endpoint))
+            rank = stack.enter_context(whole_stream(corpus.spec, worker.endpoint))
             rank.take(4)
         second = _controller(corpus)
         served = stack.enter_context(ServedController(second, address=first.address))
@@ -400,7 +338,7 @@ def test_a_worker_that_finds_no_controller_says_where_it_looked(tmp_path: Path) 
 def test_a_stopped_worker_ends_its_streams(tmp_path: Path) -> None:
     corpus = _corpus(tmp_path)
     with _served(corpus, tmp_path, sealed_through=2) as (_, (worker,)):
-        rank = _whole(corpus.spec, worker.endpoint)
+        rank = whole_stream(corpus.spec, worker.endpoint)
         rank.take(3)
     with rank, pytest.raises((NotReady, WorkerUnreachable)):
         rank.take(1)
@@ -416,7 +354,7 @@ def test_a_shard_that_changed_since_the_index_is_left_out_and_the_stream_goes_on
     damaged.write_bytes(data)
     with (
         _served(corpus, tmp_path) as (served, (worker,)),
-        _whole(corpus.spec, worker.endpoint) as rank,
+        whole_stream(corpus.spec, worker.endpoint) as rank,
     ):
         rank.take(10)
         beats = served.controller.beats
@@ -444,7 +382,7 @@ def test_a_worker_process_serves_and_ends_cleanly_on_sigterm(tmp_path: Path) -> 
             try:
                 assert process.stdout is not None
                 endpoint = process.stdout.readline().strip()
-                with _whole(corpus.spec, endpoint) as rank:
+                with whole_stream(corpus.spec, endpoint) as rank:
                     assert len(rank.take(3)) == 3
                 assert controller.beats[0].worker_id == "w7"
                 process.send_signal(signal.SIGTERM)

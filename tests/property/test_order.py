@@ -255,6 +255,9 @@ def test_a_place_is_a_function_of_the_last_sequence_however_it_was_reached() -> 
             at_once, skipped = (LaneReader(source, Lane(1), zeros) for _ in range(2))
             at_once.take(0, count)
             skipped.skip(0, count)
+            epoch, window, sequence = one_by_one.places()[0].tolist()
+            # Never the end of a window, which is the start of the next one.
+            assert sequence < len(source.open(0, Lane(1), epoch, window))
             np.testing.assert_array_equal(one_by_one.places(), at_once.places())
             np.testing.assert_array_equal(one_by_one.places(), skipped.places())
 
