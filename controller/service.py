@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -175,8 +174,7 @@ class Service:
                 reading.result()
         finally:
             reading.cancel()
-            with contextlib.suppress(BaseException):
-                await reading
+            await asyncio.wait({reading})
             self._leave(first.worker_id, stream)
 
     async def _pause(self, reading: asyncio.Task[None]) -> None:
