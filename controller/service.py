@@ -174,7 +174,8 @@ class Service:
                 reading.result()
         finally:
             reading.cancel()
-            await asyncio.wait({reading})
+            # The error of a stream that broke is of no use to anybody.
+            await asyncio.gather(reading, return_exceptions=True)
             self._leave(first.worker_id, stream)
 
     async def _pause(self, reading: asyncio.Task[None]) -> None:
