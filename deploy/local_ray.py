@@ -61,6 +61,8 @@ def local_ray(folder: Path, *, num_actors: int) -> Iterator[None]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "PYTHONPATH": python_path(),
+        # Whatever libraries leave behind goes with the folder.
+        "TMPDIR": str(folder),
     }
     with _environment(environment):
         # Imported here because it takes its settings from the environment when it is imported.

@@ -1,0 +1,176 @@
+"""`headrace run` as a process of its own, on a small corpus, watched from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+DOMAINS = ("code", "mail", "prose")
+NUM_STEPS = 60
+
+MARK = "HEADRACE_TEST_MARK"
+"""In the environment of all that a run starts: a process is found by it wherever it hangs."""
+
+SCHEDULE = (
+    "policy.points=[{step: 0, mixture: uniform},"
+    " {step: 7, mixture: {code: 0.62, mail: 0.05, prose: 0.33}},"
+    " {step: 31, mixture: {mail: 0.5, prose: 0.5}},"
+    " {step: 52, mixture: {code: 0.1, mail: 0.2, prose: 0.7}}]"
+)
+
+SMALL = (
+    *("--steps", str(NUM_STEPS), "--sequence-length", "32", "--global-sequences", "8"),
+    *("--lanes", "4", "--set", "batch.window_samples=8", "--digest"),
+)
+
+
+def write_corpus(folder: Path, *, documents: int = 60) -> Path:
+    """Write three domains whose texts differ, with documents of many lengths."""
+    folder.mkdir()
+    for number, name in enumerate(DOMAINS):
+        lines = []
+        for index in range(documents):
+            words = [f"{name}{(index * 7 + word * (number + 3)) % 97}" for word in range(index * 3)]
+            text = f"{name} document {index}. " + " ".join(words)
+            lines.append(json.dumps({"text": text}) + "\n")
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@dataclass
+class Traces:
+    """What a run could leave behind, as seen while it ran."""
+
+    pids: set[int] = field(default_factory=set)
+    ports: set[int] = field(default_factory=set)
+
+
+class HarnessRun:
+    """A `headrace run` in a session of its own, as a terminal would start it."""
+
+    def __init__(self, arguments: list[str], *, log: Path) -> None:
+        self._mark = uuid.uuid4().hex
+        self.log = log
+        # Short, as Ray puts sockets below it, and empty again afterwards if nothing is left.
+        self.temporary = Path(tempfile.mkdtemp(prefix="hrt-", dir="/tmp"))
+        environment = {**os.environ, MARK: self._mark, "TMPDIR": str(self.temporary)}
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "deploy.cli", "run", *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def text(self) -> str:
+        """Return what it has said so far."""
+        return self.log.read_text()
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the processes that belong to the run and live."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self._mark:
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return found
+
+    def traces(self) -> Traces:
+        """Look at what the run holds now."""
+        traces = Traces()
+        for process in self.processes():
+            traces.pids.add(process.pid)
+            try:
+                connections = process.net_connections("tcp")
+            except (psutil.Error, OSError):
+                continue
+            traces.ports |= _listening(connections)
+        return traces
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C: the signal goes to the whole foreground group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def end(self) -> None:
+        """Kill whatever is left."""
+        for process in self.processes():
+            process.kill()
+        self.process.wait(10)
+
+
+@contextmanager
+def harness_run(arguments: list[str], *, log: Path) -> Iterator[HarnessRun]:
+    """Start a run; at the end nothing of it is left."""
+    run = HarnessRun(arguments, log=log)
+    try:
+        yield run
+    finally:
+        run.end()
+        subprocess.run(["rm", "-rf", str(run.temporary)], check=True)
+
+
+def complete(arguments: list[str], *, log: Path, timeout_s: float = 120) -> HarnessRun:
+    """Run to the end and expect that it goes well."""
+    with harness_run(arguments, log=log) as run:
+        code = run.process.wait(timeout_s)
+        assert code == 0, run.text()
+        return run
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
+    """Wait for something that can only be seen by looking.
+
+    Raises:
+        AssertionError: it does not come.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"
+        time.sleep(0.1)
+
+
+def listening_ports() -> set[int]:
+    """Return the TCP ports on which anything listens."""
+    return _listening(psutil.net_connections("tcp"))
+
+
+def _listening(connections: Iterable[Any]) -> set[int]:
+    return {
+        connection.laddr.port
+        for connection in connections
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+def abandoned_shared_memory(before: set[str]) -> set[str]:
+    """Return what is new in /dev/shm and no living process has open: others may use it too."""
+    new = {path.name for path in Path("/dev/shm").iterdir()} - before
+    used: set[str] = set()
+    for process in psutil.process_iter():
+        try:
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+            files = [file.path for file in process.open_files()]
+        except (psutil.Error, OSError):
+            continue
+        used |= {name for name in new if f"/dev/shm/{name}" in maps}
+        used |= {name for name in new if f"/dev/shm/{name}" in files}
+    return new - used

@@ -1,0 +1,122 @@
+"""`headrace run` from its data to its report; and nothing of it is left, however it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.harness_runs import (
+    DOMAINS,
+    NUM_STEPS,
+    SMALL,
+    HarnessRun,
+    Traces,
+    abandoned_shared_memory,
+    harness_run,
+    listening_ports,
+    wait_until,
+    write_corpus,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+REPORT_KEYS = {
+    *("run", "policy", "steps", "ranks", "workers", "tokens", "wall_s", "tokens_per_s", "domains"),
+    *("max_share_error_sequences", "plan_versions", "decision_ms", "mixture_lag_steps"),
+    *("data_wait_share", "probe_share", "degraded_steps", "quarantined", "lost", "duplicated"),
+    *("final_mixture", "mismatched", "misordered", "plans_obeyed"),
+}
+"""What report.json holds at least."""
+
+SHM = Path("/dev/shm")
+
+
+def trains(run: HarnessRun, out: Path) -> bool:
+    assert run.process.poll() is None, run.text()
+    log = out / "received" / "received.rank0.jsonl"
+    return log.exists() and log.stat().st_size > 0
+
+
+def assert_nothing_left(run: HarnessRun, traces: Traces, shm_before: set[str]) -> None:
+    # More than the harness alone was seen, or there is nothing to conclude.
+    assert len(traces.pids) > 5
+    assert len(traces.ports) > 3
+    assert run.processes() == []
+    assert not traces.ports & listening_ports()
+    assert list(run.temporary.iterdir()) == []
+    assert abandoned_shared_memory(shm_before) == set()
+
+
+def test_a_run_ends_by_itself_with_a_complete_report_and_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shm_before = {path.name for path in SHM.iterdir()}
+    data = write_corpus(tmp_path / "data")
+    arguments = ["--data", str(data), "--out", str(out), *SMALL, "--set", "policy.batch_size=8"]
+    with harness_run(arguments, log=tmp_path / "log") as run:
+        wait_until(lambda: trains(run, out), timeout_s=90, what="the first step")
+        traces = run.traces()
+        assert run.process.wait(120) == 0, run.text()
+        assert_nothing_left(run, traces, shm_before)
+        text = run.text()
+    report = json.loads((out / "report.json").read_text())
+    assert set(report) >= REPORT_KEYS
+    assert report["steps"] == NUM_STEPS
+    assert report["policy"] == "acodm"
+    assert report["policy_phase"] == "acting"
+    assert (report["ranks"], report["workers"]) == (2, 2)
+    assert (report["lost"], report["duplicated"], report["mismatched"]) == (0, 0, 0)
+    assert report["max_share_error_sequences"] < 1
+    assert report["plans_obeyed"]
+    assert report["mixture_lag_steps"] == 2
+    assert report["tokens"] > 0
+    assert set(report["domains"]) == set(DOMAINS)
+    for domain in report["domains"].values():
+        assert domain["planned_sequences"] == domain["delivered_sequences"] > 0
+    assert len((out / "digests.jsonl").read_text().splitlines()) == NUM_STEPS * 8
+    for plot in ("mixture.png", "loss.png", "alignment.png"):
+        assert (out / plot).read_bytes().startswith(b"\x89PNG")
+    assert "lost 0, duplicated 0" in text
+
+
+def test_ctrl_c_in_mid_run_ends_cleanly_and_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shm_before = {path.name for path in SHM.iterdir()}
+    data = write_corpus(tmp_path / "data")
+    arguments = ["--data", str(data), "--out", str(out), *SMALL, "--steps", "100000"]
+    with harness_run(arguments, log=tmp_path / "log") as run:
+        wait_until(lambda: trains(run, out), timeout_s=90, what="the first step")
+        traces = run.traces()
+        run.interrupt()
+        assert run.process.wait(60) == 130, run.text()
+        assert_nothing_left(run, traces, shm_before)
+        assert "headrace: stopped by SIGINT after" in run.text()
+        assert "Traceback" not in run.text()
+    report = json.loads((out / "report.json").read_text())
+    assert (report["lost"], report["duplicated"], report["mismatched"]) == (0, 0, 0)
+    assert report["plans_obeyed"]
+
+
+def test_a_trainer_that_fails_ends_the_run_with_code_6_and_its_last_lines(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shm_before = {path.name for path in SHM.iterdir()}
+    data = write_corpus(tmp_path / "data")
+    arguments = ["--data", str(data), "--out", str(out), *SMALL, "--steps", "100000"]
+    with harness_run(arguments, log=tmp_path / "log") as run:
+        wait_until(lambda: trains(run, out), timeout_s=90, what="the first step")
+        traces = run.traces()
+        ranks = [
+            process
+            for process in run.processes()
+            if "deploy.examples.train" in process.cmdline()
+            and "torch.distributed.run" not in process.cmdline()
+        ]
+        assert len(ranks) == 2
+        ranks[0].send_signal(signal.SIGKILL)
+        assert run.process.wait(60) == 6, run.text()
+        assert_nothing_left(run, traces, shm_before)
+        assert "headrace: the trainer ended with exit status" in run.text()
+        assert str(out / "trainer.log") in run.text()
+        assert "Traceback (most recent call last)" not in run.text().split("headrace: ")[0]
