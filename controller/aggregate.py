@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from controller.observation import StepObservation
 from protos.errors import InvalidMessage, StaleGeneration
 from protos.slots import lanes_of, rank_slots
-from protos.types import Cursors, Generation, Mixture, Rank, RunSpec, Step, StepReport
+from protos.spec import RunSpec
+from protos.types import Cursors, Generation, Mixture, Rank, Step, StepReport
 
 MAX_DEGRADED_STEPS_AHEAD = 100_000
 """How far beyond the last seal a rank can have got without the controller."""

@@ -34,8 +34,9 @@ from protos.dataset_index import DatasetIndex
 from protos.errors import AlreadyServing, ConfigError, IndexMismatch, TokenizerInvalid
 from protos.security import split_address
 from protos.server import serving_controller
+from protos.spec import RunSpec
 from protos.tokenizer import TokenizerInfo, describe_tokenizer
-from protos.types import Mixture, RunSpec
+from protos.types import Mixture
 
 logger = logging.getLogger(__name__)
 

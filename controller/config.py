@@ -17,8 +17,8 @@ from protos.apportion import MAX_GLOBAL_SEQUENCES
 from protos.dataset_index import DatasetIndex
 from protos.errors import ConfigError, DomainEmpty, IndexMismatch
 from protos.security import Security, check_bind, split_address
+from protos.spec import ProbeSpec, RunSpec
 from protos.tokenizer import TokenizerInfo
-from protos.types import ProbeSpec, RunSpec
 
 Whole = Annotated[int, Field(strict=True, ge=0)]
 Count = Annotated[int, Field(strict=True, ge=1)]

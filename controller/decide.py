@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from controller.guard import Guard
 from controller.history import LaneCursors, Steering
 from controller.policy_runner import Advice
-from protos.types import Mixture, RunSpec, Step
+from protos.spec import RunSpec
+from protos.types import Mixture, Step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,8 @@ from controller.metrics import Totals
 from protos.apportion import no_carry
 from protos.errors import ConfigError
 from protos.planbook import PlanBook
-from protos.types import Cursors, Lane, Mixture, Places, Plan, Quarantine, RunSpec, Step
+from protos.spec import RunSpec
+from protos.types import Cursors, Lane, Mixture, Places, Plan, Quarantine, Step
 
 LaneCursors = dict[Lane, tuple[Step, Places]]
 """Each lane's newest known place, and the step before which it stands."""

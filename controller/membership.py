@@ -9,7 +9,8 @@ import numpy as np
 
 from protos.errors import Disagreement, HeadraceError, InvalidMessage, JoinTimeout, WrongRun
 from protos.slots import lanes_of, rank_slots
-from protos.types import Cursors, Generation, JoinRequest, Lane, Places, Rank, RunSpec, Step
+from protos.spec import RunSpec
+from protos.types import Cursors, Generation, JoinRequest, Lane, Places, Rank, Step
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)

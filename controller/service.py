@@ -21,6 +21,8 @@ from protos.errors import (
     StaleGeneration,
     UnknownDomain,
 )
+from protos.spec import RunSpec
+from protos.status import RunStatus
 from protos.types import (
     Beat,
     BlobChunk,
@@ -31,8 +33,6 @@ from protos.types import (
     Mixture,
     PlanEvent,
     ReportAnswer,
-    RunSpec,
-    RunStatus,
     StepReport,
     WorkerBeat,
 )

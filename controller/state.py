@@ -12,17 +12,8 @@ from controller.ledger_schema import CARRY_EVERY, Entry, seal_entry
 from controller.membership import Membership
 from protos.errors import Disagreement
 from protos.planbook import PlanBook
-from protos.types import (
-    Cursors,
-    Generation,
-    Lane,
-    Mixture,
-    Plan,
-    PlanEvent,
-    Rank,
-    RunSpec,
-    Step,
-)
+from protos.spec import RunSpec
+from protos.types import Cursors, Generation, Lane, Mixture, Plan, PlanEvent, Rank, Step
 
 NO_GENERATION = Generation(0)
 

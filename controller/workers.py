@@ -6,15 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from protos.errors import InvalidMessage, WrongRun
-from protos.types import (
-    Generation,
-    Lane,
-    LaneEndpoint,
-    Quarantine,
-    RunSpec,
-    WorkerBeat,
-    WorkerStatus,
-)
+from protos.spec import RunSpec
+from protos.status import WorkerStatus
+from protos.types import Generation, Lane, LaneEndpoint, Quarantine, WorkerBeat
 
 MAX_REASON_LENGTH = 500
 """A longer reason for a quarantine is cut."""

@@ -17,7 +17,7 @@ from deploy.exits import told
 from deploy.progress import status_panel
 from protos.client import AdminClient
 from protos.errors import ConfigError
-from protos.types import RunStatus
+from protos.status import RunStatus
 
 _TIMEOUT_S = 5.0
 

@@ -13,8 +13,9 @@ from loader_workers.reference import Reference
 from loader_workers.tokenize import Tokenize, make_tokenize
 from protos.dataset_index import DatasetIndex
 from protos.errors import IndexMismatch, TokenizerInvalid
+from protos.spec import RunSpec
 from protos.tokenizer import TokenizerInfo, describe_tokenizer
-from protos.types import Lane, RunSpec
+from protos.types import Lane
 
 _INDEX_THREADS = 2
 

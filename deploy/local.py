@@ -45,7 +45,7 @@ from deploy.training import (
 )
 from protos.client import AdminClient
 from protos.errors import HeadraceError, Retryable
-from protos.types import RunStatus
+from protos.status import RunStatus
 
 TRAINER_LOG = "trainer.log"
 CACHE = "cache"

@@ -20,7 +20,7 @@ from deploy.history import History, read_deliveries, trained_history, write_dige
 from deploy.record import LEDGER, RunRecord, read_record
 from deploy.runfile import RUN_FILE
 from deploy.training import RECEIVED
-from protos.types import RunStatus
+from protos.status import RunStatus
 
 REPORT = "report.json"
 DIGESTS = "digests.jsonl"

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from protos.errors import NotReady, StaleGeneration
 from protos.planbook import PlanBook
 from protos.slots import lane_counts
-from protos.types import Generation, Lane, PlanEvent, RunSpec, Step
+from protos.spec import RunSpec
+from protos.types import Generation, Lane, PlanEvent, Step
 
 logger = logging.getLogger(__name__)
 

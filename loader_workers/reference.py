@@ -18,7 +18,8 @@ from loader_workers.order import EpochOrder, NumberedShards, OrderKey
 from loader_workers.tokenize import Tokenize
 from loader_workers.window import Tokens
 from protos.dataset_index import DatasetIndex
-from protos.types import Lane, RunSpec
+from protos.spec import RunSpec
+from protos.types import Lane
 
 
 class Reference:

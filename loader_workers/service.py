@@ -11,7 +11,8 @@ from loader_workers.composer import Composer
 from loader_workers.plans import PlanBoard
 from loader_workers.source import WindowSource
 from protos.errors import InvalidMessage, NotReady, WrongRun
-from protos.types import Credit, OpenStream, PlanEvent, RunSpec, Step, StepBatch
+from protos.spec import RunSpec
+from protos.types import Credit, OpenStream, PlanEvent, Step, StepBatch
 
 _FORGET_EVERY = 1024
 _STEPS_REMEMBERED = 8192

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import random
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,27 +20,15 @@ from protos.errors import (
     TokenizerInvalid,
     WrongRun,
 )
-from protos.types import Beat, BlobChunk, EnlistEvent, PlanEvent, RunSpec, WorkerBeat
+from protos.retry import Retry
+from protos.spec import RunSpec
+from protos.types import Beat, BlobChunk, EnlistEvent, PlanEvent, WorkerBeat
 
 logger = logging.getLogger(__name__)
 
 BEAT_EVERY_S = 1.0
 MAX_BLOB_BYTES = 4 << 30
 """Of an index or a tokenizer; more is taken for a mistake, not for data."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Retry:
-    """Waits between tries: growing, each drawn from [half, whole] so that workers spread out."""
-
-    first_wait_s: float = 0.1
-    growth: float = 2.0
-    max_wait_s: float = 5.0
-
-    def wait_s(self, num_tries: int) -> float:
-        """Return how long to wait after `num_tries` failures in a row."""
-        grown = self.first_wait_s * self.growth ** min(num_tries - 1, 30)
-        return min(grown, self.max_wait_s) * random.uniform(0.5, 1.0)
 
 
 RETRY = Retry()

@@ -15,7 +15,8 @@ from loader_workers.order import EpochOrder, NumberedShards, OrderKey
 from loader_workers.window import Tokens, Window
 from protos.dataset_index import DatasetIndex
 from protos.errors import IndexMismatch
-from protos.types import Lane, RunSpec
+from protos.spec import RunSpec
+from protos.types import Lane
 
 _NUMBERINGS_KEPT = 512
 """Epochs of domains whose shard order is remembered; each stream works in one or two a domain."""

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 import numpy as np
 
-from protos import codec, codec_admin, codec_data
+from protos import codec, codec_admin, codec_common, codec_data
 from protos.channel import (
     CLIENT_OPTIONS,
     MAX_BATCH_BYTES,
@@ -20,6 +20,7 @@ from protos.channel import (
 )
 from protos.errors import ControllerUnreachable, HeadraceError, Retryable, WorkerUnreachable
 from protos.security import Security, split_address
+from protos.status import RunStatus
 from protos.types import (
     Credit,
     EnlistEvent,
@@ -30,7 +31,6 @@ from protos.types import (
     OpenStream,
     PlanEvent,
     ReportAnswer,
-    RunStatus,
     StepBatch,
     StepReport,
     WorkerBeat,
@@ -121,7 +121,7 @@ class ControlClient(_Client):
         request = control_pb2.LocateRequest(generation=generation)
         with raising_ours(self._unreachable, self.address):
             message = self._stub().Locate(request, timeout=timeout_s)
-        return tuple(codec.endpoint_from_proto(endpoint) for endpoint in message.endpoints)
+        return tuple(codec_common.endpoint_from_proto(endpoint) for endpoint in message.endpoints)
 
     def report(self, report: StepReport, *, timeout_s: float = 5.0) -> ReportAnswer:
         """Say what this rank saw of a step; may be repeated."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from protos.codec import (
+from protos.codec_common import (
     checked,
     field_names,
     mixture_from_proto,
@@ -10,7 +10,7 @@ from protos.codec import (
     quarantine_from_proto,
     quarantine_to_proto,
 )
-from protos.types import RunStatus, WorkerStatus
+from protos.status import RunStatus, WorkerStatus
 from protos.wire import admin_pb2 as admin
 
 _STATUS_FIELDS = field_names(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from protos.codec import (
+from protos.codec_common import (
     array_from_bytes,
     checked,
     cursors_from_proto,

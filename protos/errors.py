@@ -141,9 +141,9 @@ STATUS_OF: dict[type[HeadraceError], str] = {
 
 
 def leaves(base: type[HeadraceError] = HeadraceError) -> Iterator[type[HeadraceError]]:
-    """Yield every error class below `base` that has no subclass of its own."""
+    """Yield every error class of this module below `base` that has none below itself."""
     for child in base.__subclasses__():
-        if child.__subclasses__():
-            yield from leaves(child)
-        else:
-            yield child
+        if child.__module__ != __name__:
+            continue  # a process may have errors of its own, which it keeps to itself
+        below = list(leaves(child))
+        yield from below or [child]

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from protos import codec, codec_admin, codec_data
+from protos import codec, codec_admin, codec_common, codec_data
 from protos.channel import (
     MAX_BATCH_BYTES,
     MAX_CONTROL_BYTES,
@@ -79,7 +79,7 @@ class _Control(control_pb2_grpc.ControlServicer):
         async def work() -> control_pb2.LocateResponse:
             endpoints = await self._service.locate(Generation(request.generation))
             return control_pb2.LocateResponse(
-                endpoints=[codec.endpoint_to_proto(endpoint) for endpoint in endpoints]
+                endpoints=[codec_common.endpoint_to_proto(endpoint) for endpoint in endpoints]
             )
 
         return await _answer(context, work)

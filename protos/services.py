@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from protos.spec import RunSpec
+from protos.status import RunStatus
 from protos.types import (
     Beat,
     BlobChunk,
@@ -16,8 +18,6 @@ from protos.types import (
     OpenStream,
     PlanEvent,
     ReportAnswer,
-    RunSpec,
-    RunStatus,
     StepBatch,
     StepReport,
     WorkerBeat,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +11,8 @@ from typing import NewType
 
 import numpy as np
 from numpy.typing import NDArray
+
+from protos.spec import RunSpec
 
 Rank = NewType("Rank", int)
 Step = NewType("Step", int)
@@ -115,132 +115,6 @@ class PlanEvent:
 
     reset: bool = False
     """Forget all plans held: a generation begins at `plans[0].first_step`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProbeSpec:
-    """How trainers measure the alignment of the domains' gradients."""
-
-    mode: str = "sketch"
-    """`sketch`, or `exact` (full gradients of the watched layers; small models only)."""
-
-    sketch_rows: int = 64
-    """p: columns of the projection P of output gradients (out x p)."""
-
-    sketch_columns: int = 64
-    """q: columns of the projection Q of inputs (in x q)."""
-
-    every_n_steps: int = 1
-    num_layers: int = 3
-    layers: tuple[str, ...] = ()
-    """Name patterns (fnmatch) of linear layers; empty: `num_layers` chosen by relative depth."""
-
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("sketch", "exact"):
-            raise ValueError(f"probe.mode must be 'sketch' or 'exact', got {self.mode!r}")
-        for name in ("sketch_rows", "sketch_columns", "every_n_steps", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"probe.{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunSpec:
-    """What all processes of a run agree on; they get it in the answer to Join or Enlist."""
-
-    run_id: str
-    seed: int
-    domains: tuple[str, ...]
-    lanes: int
-    global_sequences: int
-    """Sequences in the global batch of a step."""
-
-    sequence_length: int
-    """Tokens that a sequence trains on; it holds one more."""
-
-    window_samples: int
-    interleave: int
-    num_steps: int
-    """Optimizer steps that the run is planned for."""
-
-    lag: int
-    """A report of step s decides the plan of step s + lag."""
-
-    vocab_size: int
-    eot_id: int
-    """The end-of-text token: stands between documents, and pads."""
-
-    text_field: str
-    """Field of `.json` samples that holds the text."""
-
-    index_sha256: str
-    tokenizer_sha256: str
-    """Empty: every shard holds token ids."""
-
-    degraded_after_s: float
-    """How long a worker waits for a silent controller before it goes on with the last plan."""
-
-    data_timeout_s: float
-    """How long a trainer waits for a batch before it raises."""
-
-    probe: ProbeSpec | None = None
-    """None: the policy needs no gradients."""
-
-    def __post_init__(self) -> None:
-        if not self.domains:
-            raise ValueError("a run must have at least one domain, got none")
-        if len(set(self.domains)) != len(self.domains):
-            raise ValueError(f"domain names must differ from one another, got {self.domains}")
-        for name in (
-            "lanes",
-            "global_sequences",
-            "sequence_length",
-            "window_samples",
-            "interleave",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_steps", "lag", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.global_sequences % self.lanes:
-            raise ValueError(
-                f"global_sequences must be a multiple of lanes, got {self.global_sequences} "
-                f"and {self.lanes}"
-            )
-        if self.window_samples % self.interleave:
-            raise ValueError(
-                f"window_samples must be a multiple of interleave, got {self.window_samples} "
-                f"and {self.interleave}"
-            )
-
-    @property
-    def num_domains(self) -> int:
-        """How many domains the run mixes."""
-        return len(self.domains)
-
-    @property
-    def slots_per_lane(self) -> int:
-        """How many slots of a global batch each lane fills."""
-        return self.global_sequences // self.lanes
-
-    @property
-    def token_dtype(self) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
-        """Little-endian uint16 if the vocabulary fits, else uint32."""
-        return np.dtype("<u2") if self.vocab_size <= 1 << 16 else np.dtype("<u4")
-
-    def order_sha256(self) -> str:
-        """Hash what the order of the data depends on, the plans excepted.
-
-        Two runs with the same hash and the same plans see the same global batches.
-        """
-        names = (
-            "seed domains lanes global_sequences sequence_length window_samples interleave "
-            "eot_id text_field index_sha256 tokenizer_sha256"
-        )
-        values = {name: getattr(self, name) for name in names.split()}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -476,52 +350,3 @@ class StepBatch:
     """Composed with the last plan, because no seal came."""
 
     lanes: tuple[LaneBatch, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerStatus:
-    """A loader worker as the controller sees it."""
-
-    worker_id: str
-    endpoint: str
-    alive: bool
-    lanes: tuple[int, ...]
-    cache_bytes: int
-    stall_s: float
-    sequences_served: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunStatus:
-    """What `headrace status` shows."""
-
-    run_id: str
-    policy: str
-    policy_phase: str
-    """As the policy calls it, e.g. `warm-up` or `acting`."""
-
-    phase: str
-    """`waiting`, `running`, `drained`"""
-
-    domains: tuple[str, ...]
-    mixture: Mixture
-    plan_version: int
-    observed_step: int
-    sealed_through: int
-    num_steps: int
-    generation: int
-    world_size: int
-    loss: tuple[float, ...]
-    """Nats a token in the newest step that had the domain; NaN: never seen."""
-
-    tokens: int
-    tokens_per_s: float
-    data_wait_share: float
-    degraded_steps: int
-    missing_reports: int
-    held_decisions: int
-    decision_ms_p50: float
-    decision_ms_p99: float
-    frozen: bool
-    quarantines: tuple[Quarantine, ...]
-    workers: tuple[WorkerStatus, ...]

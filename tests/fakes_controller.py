@@ -29,6 +29,7 @@ from controller.threads import SingleThread
 from controller.workers import Workers
 from protos.dataset_index import DatasetIndex, ShardRef
 from protos.slots import lanes_of, rank_slots
+from protos.spec import RunSpec
 from protos.types import (
     Cursors,
     Generation,
@@ -37,7 +38,6 @@ from protos.types import (
     Plan,
     Rank,
     Resume,
-    RunSpec,
     Step,
     StepReport,
     WorkerBeat,

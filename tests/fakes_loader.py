@@ -26,6 +26,8 @@ from protos.apportion import apportion, no_carry
 from protos.dataset_index import DatasetIndex
 from protos.errors import NotReady
 from protos.server import serving_controller
+from protos.spec import RunSpec
+from protos.status import RunStatus
 from protos.types import (
     Beat,
     BlobChunk,
@@ -38,8 +40,6 @@ from protos.types import (
     Plan,
     PlanEvent,
     ReportAnswer,
-    RunSpec,
-    RunStatus,
     Step,
     StepReport,
     WorkerBeat,

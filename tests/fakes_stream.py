@@ -7,16 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from protos.client import DataClient, Stream
-from protos.types import (
-    Cursors,
-    Generation,
-    Lane,
-    OpenStream,
-    Rank,
-    RunSpec,
-    Step,
-    StepBatch,
-)
+from protos.spec import RunSpec
+from protos.types import Cursors, Generation, Lane, OpenStream, Rank, Step, StepBatch
 from tests.fakes_loader import BlockingCredits
 
 GENERATION = Generation(1)

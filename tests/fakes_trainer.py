@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from protos.errors import Disagreement, HeadraceError, NotReady
 from protos.server import serving_controller, serving_data
 from protos.slots import lanes_of, rank_slots
+from protos.spec import ProbeSpec, RunSpec
+from protos.status import RunStatus
 from protos.types import (
     Beat,
     BlobChunk,
@@ -30,10 +32,7 @@ from protos.types import (
     LaneEndpoint,
     OpenStream,
     PlanEvent,
-    ProbeSpec,
     ReportAnswer,
-    RunSpec,
-    RunStatus,
     Step,
     StepBatch,
     StepReport,

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from protos.client import ControlClient
 from protos.errors import ConfigError, ControllerUnreachable, Disagreement
+from protos.retry import Retry
 from protos.security import Security
 from protos.slots import lanes_of, rank_slots
+from protos.spec import RunSpec
 from protos.types import (
     Cursors,
     Generation,
@@ -19,10 +21,12 @@ from protos.types import (
     LaneEndpoint,
     Rank,
     Resume,
-    RunSpec,
     Step,
 )
-from trainer_client.retry import Retry, until_answered
+from trainer_client.retry import until_answered
+
+_RETRY = Retry(max_wait_s=3.0)
+"""Join is idempotent by attempt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +99,9 @@ def join(control: ControlClient, wanted: Wanted, resume: Resume | None) -> Membe
         )
 
     try:
-        answer = until_answered(ask, budget_s=wanted.timeout_s, retry=Retry(), wait=time.sleep)
+        answer = until_answered(
+            ask, budget_s=wanted.timeout_s, retry=Retry(max_wait_s=3.0), wait=time.sleep
+        )
     except ControllerUnreachable as error:
         raise ControllerUnreachable(
             f"cannot reach the controller at {control.address} after {wanted.timeout_s:g} s: start "

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from protos.client import ControlClient, DataClient, Stream
 from protos.errors import Retryable, WorkerUnreachable
+from protos.retry import Retry
 from protos.types import Credit, Lane, LaneEndpoint, OpenStream, StepBatch
 from trainer_client.joining import Membership
-from trainer_client.retry import Retry
 from trainer_client.step_buffer import StepBuffer
 
 logger = logging.getLogger(__name__)

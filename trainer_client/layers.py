@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from protos.errors import ConfigError
-from protos.types import ProbeSpec
+from protos.spec import ProbeSpec
 
 NORM_DEPTHS = (0, 2, 4, 6, 8, 10, 12, 14, 16)
 """Sixteenths of the model's depth at which weight norms are taken: the first layer and, in a model

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from protos.errors import ConfigError
-from protos.types import ProbeSpec, Step
+from protos.spec import ProbeSpec
+from protos.types import Step
 from trainer_client.batches import Batch
 from trainer_client.device_copy import HostCopy
 from trainer_client.layers import norm_layers, probe_layers

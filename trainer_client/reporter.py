@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from protos.errors import HeadraceError, StaleGeneration
+from protos.retry import Retry
 from protos.types import ReportAnswer, StepReport
 from trainer_client.device_copy import HostCopy
 from trainer_client.probe import ProbeStep
-from trainer_client.retry import Retry, until_answered
+from trainer_client.retry import until_answered
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class Reporter:
         self._send = send
         self._capacity = capacity
         self._budget_s = budget_s
-        self._retry = retry or Retry()
+        self._retry = retry or Retry(max_wait_s=3.0)
         self._changed = threading.Condition()
         self._queue: deque[PendingReport] = deque()
         self._busy = False

@@ -1,30 +1,15 @@
-"""How often a call that may be repeated is repeated, and how long between."""
+"""Calls that may be repeated, repeated until they are answered or the time is over."""
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 from protos.errors import Retryable
+from protos.retry import Retry
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Retry:
-    """Waits that grow, each drawn from [half, whole] so that ranks do not knock in step."""
-
-    first_wait_s: float = 0.1
-    growth: float = 2.0
-    max_wait_s: float = 3.0
-
-    def wait_s(self, num_tries: int) -> float:
-        """Return how long to wait after `num_tries` failures in a row."""
-        grown = self.first_wait_s * self.growth ** min(num_tries - 1, 30)
-        return min(grown, self.max_wait_s) * random.uniform(0.5, 1.0)
 
 
 def until_answered(

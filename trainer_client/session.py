@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from protos.security import Security
-from protos.types import Cursors, Generation, RunSpec, Step, StepReport
+from protos.spec import RunSpec
+from protos.types import Cursors, Generation, Step, StepReport
 from trainer_client.batches import Batch, StagedStep, Stager, arrive, split
 from trainer_client.checkpoint import pack_state, unpack_state
 from trainer_client.delivery_log import DeliveryLog

@@ -15,7 +15,8 @@ import math
 import torch
 
 from protos.keyed import raw_uint64
-from protos.types import ProbeSpec, Step
+from protos.spec import ProbeSpec
+from protos.types import Step
 
 
 class LayerSketch:

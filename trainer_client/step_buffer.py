@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from protos.errors import HeadraceError, InvalidMessage
-from protos.types import Cursors, Lane, LaneBatch, Places, RunSpec, Step, StepBatch
+from protos.spec import RunSpec
+from protos.types import Cursors, Lane, LaneBatch, Places, Step, StepBatch
 
 
 class StepBuffer:

@@ -20,7 +20,8 @@ import yaml
 from controller.ledger import reading_ledger, verify
 from protos.client import AdminClient, ControlClient, Stream, healthy
 from protos.errors import ControllerUnreachable, InvalidMessage, StaleGeneration, UnknownDomain
-from protos.types import EnlistEvent, PlanEvent, RunSpec, WorkerBeat
+from protos.spec import RunSpec
+from protos.types import EnlistEvent, PlanEvent, WorkerBeat
 from tests.fakes_controller import (
     ODM,
     join_request,

@@ -31,16 +31,8 @@ from protos.errors import (
 )
 from protos.planbook import PlanBook
 from protos.slots import lanes_of, rank_slots
-from protos.types import (
-    Credit,
-    Generation,
-    Lane,
-    LaneBatch,
-    Plan,
-    PlanEvent,
-    RunSpec,
-    Step,
-)
+from protos.spec import RunSpec
+from protos.types import Credit, Generation, Lane, LaneBatch, Plan, PlanEvent, Step
 from tests.fakes_loader import (
     ScriptedController,
     ServedController,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from protos.types import ProbeSpec
+from protos.spec import ProbeSpec
 from tests.fakes_model import TinyModel, make_batches, summed_loss
 from tests.fakes_trainer import FakeRun, make_spec
 from trainer_client import GradientProbe

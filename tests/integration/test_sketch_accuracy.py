@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch.nn.utils import clip_grad_norm_
 
 from deploy.examples.models import make_model
-from protos.types import ProbeSpec, Step
+from protos.spec import ProbeSpec
+from protos.types import Step
 from trainer_client import Batch, GradientProbe
 from trainer_client.loss import token_losses
 

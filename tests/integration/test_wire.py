@@ -21,6 +21,8 @@ from protos.errors import (
     WorkerUnreachable,
 )
 from protos.server import serving_controller, serving_data
+from protos.spec import RunSpec
+from protos.status import RunStatus
 from protos.types import (
     Beat,
     BlobChunk,
@@ -33,8 +35,6 @@ from protos.types import (
     PlanEvent,
     Rank,
     ReportAnswer,
-    RunSpec,
-    RunStatus,
     StepBatch,
     StepReport,
     WorkerBeat,

@@ -11,8 +11,10 @@ from google.protobuf.message import DecodeError, Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protos import codec, codec_admin, codec_data
+from protos import codec, codec_admin, codec_common, codec_data
 from protos.errors import InvalidMessage
+from protos.spec import ProbeSpec, RunSpec
+from protos.status import RunStatus, WorkerStatus
 from protos.types import (
     Beat,
     BlobChunk,
@@ -27,18 +29,14 @@ from protos.types import (
     OpenStream,
     Plan,
     PlanEvent,
-    ProbeSpec,
     Quarantine,
     Rank,
     ReportAnswer,
     Resume,
-    RunSpec,
-    RunStatus,
     Step,
     StepBatch,
     StepReport,
     WorkerBeat,
-    WorkerStatus,
 )
 from protos.wire import admin_pb2, control_pb2, data_pb2
 
@@ -178,7 +176,7 @@ def _same(left: Any, right: Any) -> bool:
 @pytest.mark.parametrize(
     ("value", "encode", "decode"),
     [
-        (SPEC, codec.spec_to_proto, codec.spec_from_proto),
+        (SPEC, codec_common.spec_to_proto, codec_common.spec_from_proto),
         (
             PlanEvent(generation=Generation(2), plans=(PLAN,), sealed_through=-1, reset=True),
             codec.plan_event_to_proto,

@@ -23,7 +23,8 @@ from protos.dataset_index import DatasetIndex
 from protos.errors import DomainEmpty, InvalidMessage
 from protos.planbook import PlanBook
 from protos.slots import lane_counts
-from protos.types import Lane, LaneBatch, RunSpec, Step
+from protos.spec import RunSpec
+from protos.types import Lane, LaneBatch, Step
 from tests.fakes_loader import make_source, make_spec, scripted_plans, write_token_shards
 
 FEW = settings(max_examples=25, deadline=None)

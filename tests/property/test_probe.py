@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from protos.errors import ConfigError
-from protos.types import ProbeSpec
+from protos.spec import ProbeSpec
 from tests.fakes_model import TinyModel, domain_gradients, make_batches, summed_loss
 from trainer_client import Batch, GradientProbe
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from protos.errors import ConfigError
-from protos.types import ProbeSpec
+from protos.spec import ProbeSpec
 from trainer_client.layers import norm_layers, probe_layers
 
 

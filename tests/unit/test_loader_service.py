@@ -13,17 +13,8 @@ import pytest
 from loader_workers.index import build_index
 from loader_workers.service import LoaderService
 from protos.errors import NotReady
-from protos.types import (
-    Credit,
-    Generation,
-    Lane,
-    OpenStream,
-    PlanEvent,
-    Rank,
-    RunSpec,
-    Step,
-    StepBatch,
-)
+from protos.spec import RunSpec
+from protos.types import Credit, Generation, Lane, OpenStream, PlanEvent, Rank, Step, StepBatch
 from tests.fakes_loader import (
     BlockingCredits,
     make_source,

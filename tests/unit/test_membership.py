@@ -7,7 +7,8 @@ import pytest
 
 from controller.membership import JoinBarrier, joined_cursors, timed_out
 from protos.errors import Disagreement, HeadraceError, InvalidMessage, WrongRun
-from protos.types import JoinRequest, Lane, Resume, RunSpec, Step
+from protos.spec import RunSpec
+from protos.types import JoinRequest, Lane, Resume, Step
 from tests.fakes_controller import join_request, places_after, resume_at
 
 SPEC = RunSpec(

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from protos.errors import ControllerUnreachable, HeadraceError, InvalidMessage, StaleGeneration
+from protos.retry import Retry
 from protos.types import Generation, Rank, ReportAnswer, Step, StepReport
 from trainer_client.device_copy import HostCopy
 from trainer_client.reporter import PendingReport, Reporter, ReporterState
-from trainer_client.retry import Retry
 
 ANSWER = ReportAnswer(plan_version=1, sealed_through=3, counted=True)
 QUICK = Retry(first_wait_s=0.001, max_wait_s=0.002)

@@ -1,0 +1,56 @@
+"""How a run stands, as operators see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protos.types import Mixture, Quarantine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerStatus:
+    """A loader worker as the controller sees it."""
+
+    worker_id: str
+    endpoint: str
+    alive: bool
+    lanes: tuple[int, ...]
+    cache_bytes: int
+    stall_s: float
+    sequences_served: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunStatus:
+    """What `headrace status` shows."""
+
+    run_id: str
+    policy: str
+    policy_phase: str
+    """As the policy calls it, e.g. `warm-up` or `acting`."""
+
+    phase: str
+    """`waiting`, `running`, `drained`"""
+
+    domains: tuple[str, ...]
+    mixture: Mixture
+    plan_version: int
+    observed_step: int
+    sealed_through: int
+    num_steps: int
+    generation: int
+    world_size: int
+    loss: tuple[float, ...]
+    """Nats a token in the newest step that had the domain; NaN: never seen."""
+
+    tokens: int
+    tokens_per_s: float
+    data_wait_share: float
+    degraded_steps: int
+    missing_reports: int
+    held_decisions: int
+    decision_ms_p50: float
+    decision_ms_p99: float
+    frozen: bool
+    quarantines: tuple[Quarantine, ...]
+    workers: tuple[WorkerStatus, ...]
