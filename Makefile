@@ -16,9 +16,10 @@ $(STAMP): constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-# The whole system on this machine, on real text; ends with a short report.
+# The whole system on this machine, on real text; ends with a short report. A run that is there
+# already is moved aside, unless ARGS says to go on with it.
 run: install
-	$(BIN)/headrace run --out $(OUT) $(ARGS)
+	$(BIN)/headrace run --out $(OUT) $(if $(findstring --resume,$(ARGS)),,--fresh) $(ARGS)
 
 # Everything but the tests marked `long`.
 test: install

@@ -60,6 +60,8 @@ def local_ray(folder: Path, *, num_actors: int) -> Iterator[None]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # The harness says itself what died; Ray's own words would tear its display.
+        "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
         "PYTHONPATH": python_path(),
         # Whatever libraries leave behind goes with the folder.
         "TMPDIR": str(folder),

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from protos.types import RunStatus
+from protos.status import RunStatus
 
 LINE_EVERY_S = 5.0
 _BAR_CELLS = 24
@@ -34,8 +34,10 @@ class Progress:
         self._now = now
         self._last_line_s = -math.inf
         self._live: Live | None = None
-        self._alive_workers: frozenset[str] = frozenset()
+        self._seen_workers: set[str] = set()
+        self._lost_workers: set[str] = set()
         self._last_status: RunStatus | None = None
+        self._last_said = ""
 
     def __enter__(self) -> Progress:
         return self
@@ -75,25 +77,26 @@ class Progress:
             self._live.update(status_panel(status))
         elif self._now() - self._last_line_s >= self._line_every_s:
             self._last_line_s = self._now()
-            self.say(status_line(status))
+            self._last_said = status_line(status)
+            self.say(self._last_said)
 
     def end_live(self) -> None:
         """Leave the screen to what comes next."""
         if self._live is not None:
             self._live.stop()
             self._live = None
-        if self._last_status is not None:
+        if self._last_status is not None and status_line(self._last_status) != self._last_said:
             self.say(status_line(self._last_status))
-            self._last_status = None
+        self._last_status = None
 
     def _say_changes(self, status: RunStatus) -> None:
-        alive = frozenset(worker.worker_id for worker in status.workers if worker.alive)
-        for lost in sorted(self._alive_workers - alive):
-            self.say(f"loader worker {lost} is gone; the others take over its lanes")
-        if self._alive_workers:
-            for new in sorted(alive - self._alive_workers):
-                self.say(f"loader worker {new} has come")
-        self._alive_workers = alive
+        alive = {worker.worker_id for worker in status.workers if worker.alive}
+        for lost in sorted(self._seen_workers - alive - self._lost_workers):
+            self.say(f"the controller has lost loader worker {lost}")
+        for back in sorted(alive & self._lost_workers):
+            self.say(f"the controller has loader worker {back} again")
+        self._seen_workers |= alive
+        self._lost_workers = self._seen_workers - alive
 
 
 def status_line(status: RunStatus) -> str:

@@ -1,0 +1,71 @@
+"""Child processes end with all that they started, however deaf they are."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.processes import ChildProcess, StopSignals, descendants
+from tests.harness_runs import wait_until
+
+pytestmark = pytest.mark.slow
+
+DEAF = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if sys.argv[1:]:
+    subprocess.Popen([sys.executable, "-u", __file__], start_new_session=True)
+else:
+    print("up")
+time.sleep(600)
+"""
+
+
+def lives(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    (tmp_path / "deaf.py").write_text(DEAF)
+    command = [sys.executable, str(tmp_path / "deaf.py"), "with a child"]
+    process = ChildProcess(command, log=log, env=os.environ)
+    wait_until(lambda: "up" in log.read_text(), timeout_s=20, what="the grandchild")
+    assert process.poll() is None
+    family = descendants(os.getpid())
+    with StopSignals() as stop:
+        process.stop(stop, grace_s=0.2)
+    assert process.poll() == -signal.SIGKILL
+    assert len(family) >= 2
+    wait_until(lambda: not any(map(lives, family)), timeout_s=10, what="the children's end")
+
+
+def test_a_process_that_ends_by_itself_leaves_its_last_lines(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("of an earlier start\n")
+    program = "for number in range(100): print('line', number)\nraise SystemExit(3)"
+    process = ChildProcess([sys.executable, "-c", program], log=log, env=os.environ)
+    wait_until(lambda: process.poll() is not None, timeout_s=20, what="its end")
+    assert process.poll() == 3
+    assert process.last_lines(2) == ["line 98", "line 99"]
+    assert "of an earlier start" not in process.last_lines(1000)
+
+
+def test_signals_are_events_while_they_are_watched_and_then_what_they_were() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as stop:
+        assert not stop.wait(0)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.wait(5)
+        assert (stop.asked, stop.hurry, stop.signal) == (True, False, signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.hurry
+    assert signal.getsignal(signal.SIGTERM) is before
