@@ -46,7 +46,7 @@ class WatchedActor:
         self._ping = ping
         self._say = say
         self._is_lost = False
-        self.num_losses = 0
+        self._fault = ""
         self.state = ActorState.STARTING
         self._pending = actor.start.remote()
 
@@ -77,7 +77,7 @@ class WatchedActor:
         if not done:
             return
         try:
-            ray.get(self._pending)
+            answer = ray.get(self._pending)
         except RayTaskError as error:
             ours = _ours(error)
             if self.state is not ActorState.STARTING or not isinstance(ours, Retryable):
@@ -88,6 +88,13 @@ class WatchedActor:
             self._pending = self._actor.start.remote()
         else:
             self._serving()
+            self._say_fault(getattr(answer, "error", ""))
+
+    def _say_fault(self, fault: str) -> None:
+        """Say once why an actor that lives serves no more."""
+        if fault and fault != self._fault:
+            self._say(f"the {self.name} has ended: {fault}")
+        self._fault = fault
 
     def _serving(self) -> None:
         if self._is_lost:
@@ -98,7 +105,6 @@ class WatchedActor:
 
     def _lost(self) -> None:
         if not self._is_lost:
-            self.num_losses += 1
             self._say(f"the {self.name} died; Ray starts it again")
         self._is_lost = True
         self.state = ActorState.STARTING

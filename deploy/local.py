@@ -19,7 +19,6 @@ from typing import Any
 from rich.console import Console
 
 from controller.config import RunConfig, load_run_file
-from deploy.dataset import ensure_index
 from deploy.failures import Stopped, TrainerFailed
 from deploy.history import LOG_PATTERN
 from deploy.local_ray import local_ray, temporary_folder
@@ -79,8 +78,6 @@ def run_local(options: RunOptions, console: Console) -> dict[str, Any]:
             training = choose_training(options)
             config = _with_workers(load_run_file(prepare_run(options, progress)), options)
             keep_training(training, options.out)
-            with progress.stage("indexing the shards"):
-                ensure_index(config)
         outcome = _train(options, training, config, progress)
         return _report(options, training, config, outcome, progress, console)
 

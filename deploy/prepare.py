@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from controller.app import prepare
+from controller.config import parse_run
 from deploy.corpus import build_corpus, installation_folders, list_files
+from deploy.dataset import ensure_index
 from deploy.documents import Document
 from deploy.pack import pack, partial_folder
 from deploy.progress import Progress
@@ -20,6 +23,7 @@ from protos.errors import ConfigError
 
 SHARDS = "shards"
 TOKENIZER = "tokenizer.json"
+INDEX = "index.parquet"
 
 CORPUS_DOMAIN_BYTES = 2 << 20
 """Of text a domain, in the corpus that needs no data."""
@@ -65,22 +69,28 @@ def prepare_run(options: RunOptions, progress: Progress) -> Path:
     check(settings)
     with _nothing_left_behind(options.out):
         settings["data"] = _data_section(options, settings, progress)
+        config = parse_run(settings, source="the run's settings")
+        with progress.stage("indexing the shards"):
+            ensure_index(config)
+        prepare(config)
         return write_run_file(settings, options.out)
 
 
 @contextmanager
 def _nothing_left_behind(out: Path) -> Iterator[None]:
     """Remove what was made, if it does not become a run."""
-    held = {path for path in (out, out / SHARDS, out / TOKENIZER) if path.exists()}
+    made = [out / name for name in (SHARDS, TOKENIZER, INDEX)]
+    held = {path for path in (out, *made) if path.exists()}
     # Nobody but a harness that was killed while packing leaves this name here.
     shutil.rmtree(partial_folder(out / SHARDS), ignore_errors=True)
     try:
         yield
     except BaseException:
-        if out / SHARDS not in held:
-            shutil.rmtree(out / SHARDS, ignore_errors=True)
-        if out / TOKENIZER not in held:
-            (out / TOKENIZER).unlink(missing_ok=True)
+        for path in set(made) - held:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         if out not in held and out.is_dir() and not any(out.iterdir()):
             out.rmdir()
         raise
@@ -121,7 +131,7 @@ def _data_section(options: RunOptions, settings: Settings, progress: Progress) -
         given["domains"] = prepared.domains
     elif options.data is not None:
         raise ConfigError("the run file has data.domains already; leave out --data or those")
-    given.setdefault("index", str(out / "index.parquet"))
+    given.setdefault("index", str(out / INDEX))
     tokenizer = out / TOKENIZER
     if options.tokenizer is not None:
         copy_tokenizer(options.tokenizer, tokenizer)

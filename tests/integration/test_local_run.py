@@ -7,9 +7,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from controller.config import load_run_file
 from deploy.accounting import account_for
+from deploy.commands import app
 from deploy.dataset import ShardOrder, open_dataset
 from deploy.history import read_deliveries, trained_history
 from tests.harness_runs import (
@@ -83,6 +85,20 @@ def test_a_run_ends_by_itself_with_a_complete_report_and_leaves_nothing(tmp_path
     for plot in ("mixture.png", "loss.png", "alignment.png"):
         assert (out / plot).read_bytes().startswith(b"\x89PNG")
     assert "lost 0, duplicated 0" in text
+    verified = CliRunner().invoke(app, ["verify", str(out), "--json"])
+    assert verified.exit_code == 0, verified.output
+    assert json.loads(verified.stdout)["clean"]
+    lose_a_sequence(out / "received" / "received.rank1.jsonl")
+    verified = CliRunner().invoke(app, ["verify", str(out), "--json"])
+    assert verified.exit_code == 4
+    found = json.loads(verified.stdout)
+    assert (found["clean"], found["lost"]) == (False, 1)
+    assert "was never received" in found["faults"][0]
+
+
+def lose_a_sequence(log: Path) -> None:
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:100] + lines[101:]))
 
 
 def test_ctrl_c_in_mid_run_ends_cleanly_and_leaves_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,26 @@ def test_a_tokenizer_that_is_none_is_refused_and_leaves_nothing(tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--lanes", "16", "--global-sequences", "32"], 4, "each of the 16 lanes needs"),
+        (["--policy", "static", "--set", "policy.mixture={nowhere: 1}"], 2, "nowhere"),
+        (["--set", "data.eot_token=<none>"], 4, "has no token '<none>'"),
+    ],
+)
+def test_data_that_does_not_fit_the_settings_is_refused_and_leaves_nothing(
+    tmp_path: Path, arguments: list[str], code: int, says: str
+) -> None:
+    (tmp_path / "data").mkdir()
+    lines = "".join(json.dumps({"text": f"document {index} " * 20}) + "\n" for index in range(10))
+    (tmp_path / "data" / "web.jsonl").write_text(lines)
+    result = CliRunner().invoke(app, run(tmp_path, "--data", str(tmp_path / "data"), *arguments))
+    assert result.exit_code == code, result.output
+    assert says in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_holds_a_run_is_not_written_into(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.yaml").write_text("run: other\n")
@@ -202,9 +223,16 @@ def test_a_second_controller_on_the_ledger_ends_with_code_3(tmp_path: Path) -> N
         lock.close()
 
 
-def test_doctor_finds_a_port_that_is_taken() -> None:
-    import socket
+def test_a_second_controller_on_the_port_ends_with_code_3(tmp_path: Path) -> None:
+    packed(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        fails(["controller", str(run_file(tmp_path, address=address))], code=3, says=address)
 
+
+def test_doctor_finds_a_port_that_is_taken() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
