@@ -71,8 +71,8 @@ class ShardCache:
         self._remove_leftovers()
         self._num_bytes = sum(size for _, size, _ in self._files())
 
-    def get(self, shard: ShardRef) -> TokenShard:
-        """Return a shard's tokens, building them now if they are not there.
+    def get(self, shard: ShardRef, distance: int = NOW) -> TokenShard:
+        """Return a shard's tokens; they are built if they are not there, nearer ones first.
 
         Raises:
             NotReady: the cache was closed meanwhile, or this process is short of files or memory.
@@ -81,7 +81,7 @@ class ShardCache:
         found = self._find(shard, key)
         if found is not None:
             return found
-        return self._pool.submit(key, NOW, partial(self._build, shard, key)).result()
+        return self._pool.submit(key, distance, partial(self._build, shard, key)).result()
 
     def prefetch(self, shards: Iterable[ShardRef], *, distance: int = NOW + 1) -> None:
         """Have shards built, the first ones first, when nothing nearer is asked for."""

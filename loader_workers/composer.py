@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +25,12 @@ class Composer:
             lane: LaneReader(source, lane, places) for lane, places in sorted(cursors.items())
         }
 
-    def prepare(self, domains: Iterable[int]) -> None:
-        """Have the windows of these domains opened ahead of need, in this order."""
-        for domain in domains:
-            for reader in self._lanes.values():
-                reader.prepare([domain])
+    def prepare(self, shares: Sequence[float]) -> None:
+        """Have the windows of the domains that have a share opened ahead, largest share first."""
+        for domain in sorted(range(len(shares)), key=lambda domain: -shares[domain]):
+            if shares[domain] > 0:
+                for reader in self._lanes.values():
+                    reader.prepare(domain, share=shares[domain])
 
     def wind(self, counts: Mapping[Lane, NDArray[np.int64]]) -> None:
         """Move lanes over so many sequences of each domain."""
@@ -55,11 +56,15 @@ class Composer:
         tokens = np.empty((width, spec.sequence_length + 1), dtype=spec.token_dtype)
         num_tokens = np.empty(width, dtype=np.uint32)
         places = np.empty((width, 3), dtype=np.uint32)
-        for domain in np.unique(labels).tolist():
-            slots = np.flatnonzero(labels == domain)
-            taken = reader.take(domain, len(slots))
-            tokens[slots], num_tokens[slots] = taken.tokens, taken.num_tokens
-            places[slots] = taken.places
+        by_domain = np.argsort(labels, kind="stable")
+        ends = np.cumsum(np.bincount(labels, minlength=spec.num_domains)).tolist()
+        start = 0
+        for domain, end in enumerate(ends):
+            if end > start:
+                slots, taken = by_domain[start:end], reader.take(domain, end - start)
+                tokens[slots], num_tokens[slots] = taken.tokens, taken.num_tokens
+                places[slots] = taken.places
+                start = end
         lane_first = lane * width
         first = max(self._slots.start, lane_first)
         mine = slice(first - lane_first, min(self._slots.stop - lane_first, width))

@@ -11,7 +11,6 @@ sequence is taken, not before.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -24,6 +23,13 @@ from protos.errors import DomainEmpty, InvalidMessage
 from protos.types import Lane, Places
 
 logger = logging.getLogger(__name__)
+
+_RESERVE_STEPS = 16
+"""The next window is opened when this one would not last for so many steps, even if the mixture
+went to this domain alone: so no change of the mixture finds a lane without sequences at hand."""
+
+_FARTHEST_STEPS = 1 << 16
+"""Windows that are needed later than this are equally far away."""
 
 MAX_EMPTY_EPOCHS = 8
 """A lane's samples change from epoch to epoch, so one without tokens is passed over a few times."""
@@ -62,6 +68,10 @@ class LanePosition:
         self._domain = domain
         self._lane = lane
         self.epoch, self.window, self.sequence = place
+        self._slots_per_lane = source.spec.slots_per_lane
+        self.share = 1.0
+        """Of the mixture in force: how fast this place moves on."""
+
         self._opened: OpenedWindow | None = None
         self._ahead: tuple[int, int, Future[OpenedWindow]] | None = None
         num_windows = self._num_windows()
@@ -71,10 +81,10 @@ class LanePosition:
                 f"domain {self._name}, which has {num_windows}; was it made with another index?"
             )
 
-    def prepare(self) -> None:
-        """Have the window at this place opened on another thread."""
+    def prepare(self, distance: int) -> None:
+        """Have the window at this place opened on another thread; it is needed in so many steps."""
         if self._opened is None and self._ahead is None:
-            self._open_ahead(self.epoch, self.window)
+            self._open_ahead(self.epoch, self.window, distance)
 
     def reach(self, limit: int) -> _Segment:
         """Move over up to `limit` sequences of one window, and say which.
@@ -94,6 +104,10 @@ class LanePosition:
         self.sequence = segment.end
         if self.sequence == len(opened):
             self._next_window()
+        elif self._ahead is None:
+            num_left = len(opened) - self.sequence
+            if num_left <= _RESERVE_STEPS * self._slots_per_lane:
+                self._open_next(num_left)
         return segment
 
     def close(self) -> None:
@@ -104,6 +118,8 @@ class LanePosition:
 
     def _with_sequences(self) -> OpenedWindow:
         """Return the open window, after moving on to one that has a sequence left."""
+        if self._opened is not None and self.sequence < len(self._opened):
+            return self._opened
         first_epoch = self.epoch
         while self.epoch - first_epoch <= MAX_EMPTY_EPOCHS:
             if self.window < self._num_windows():
@@ -128,17 +144,24 @@ class LanePosition:
             return self._opened
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[:2] == (self.epoch, self.window) and not ahead[2].cancel():
+            if not ahead[2].done():
+                self._source.hurry(self._domain, self._lane, self.epoch, self.window)
             self._opened = ahead[2].result()
         else:
             self._opened = self._source.open(self._domain, self._lane, self.epoch, self.window)
-        if self.window + 1 < self._num_windows():
-            self._open_ahead(self.epoch, self.window + 1)
-        else:
-            self._open_ahead(self.epoch + 1, 0)
         return self._opened
 
-    def _open_ahead(self, epoch: int, window: int) -> None:
-        future = self._source.open_ahead(self._domain, self._lane, epoch, window)
+    def _open_next(self, num_left: int) -> None:
+        """Open the window after this one, which has so many sequences left."""
+        per_step = max(self.share * self._slots_per_lane, 1 / _FARTHEST_STEPS)
+        steps_left = min(int(num_left / per_step) + 1, _FARTHEST_STEPS)
+        if self.window + 1 < self._num_windows():
+            self._open_ahead(self.epoch, self.window + 1, steps_left)
+        else:
+            self._open_ahead(self.epoch + 1, 0, steps_left)
+
+    def _open_ahead(self, epoch: int, window: int, distance: int) -> None:
+        future = self._source.open_ahead(self._domain, self._lane, epoch, window, distance=distance)
         self._ahead = None if future is None else (epoch, window, future)
 
     def _next_window(self) -> None:
@@ -164,17 +187,18 @@ class LaneReader:
             LanePosition(source, domain, lane, place)
             for domain, place in enumerate(places.tolist())
         ]
+        self._places = np.array(places, dtype=np.uint32)
 
     def places(self) -> Places:
         """Return the lane's place in every domain."""
-        return np.array(
-            [[at.epoch, at.window, at.sequence] for at in self._positions], dtype=np.uint32
-        )
+        return self._places.copy()
 
-    def prepare(self, domains: Iterable[int]) -> None:
-        """Have the windows of these domains opened ahead of need, in this order."""
-        for domain in domains:
-            self._positions[domain].prepare()
+    def prepare(self, domain: int, *, share: float) -> None:
+        """Have a domain's window opened ahead of need; the domain has this share from now on."""
+        position = self._positions[domain]
+        position.share = share
+        # One with a larger share is the sooner without sequences.
+        position.prepare(int(1 / max(share, 1 / _FARTHEST_STEPS)))
 
     def take(self, domain: int, count: int) -> Taken:
         """Deliver the next `count` sequences of a domain.
@@ -183,31 +207,35 @@ class LaneReader:
             DomainEmpty: the lane has no tokens in this domain.
             NotReady: the worker is stopping.
         """
-        position = self._positions[domain]
-        shape = (count, self._spec.sequence_length + 1)
-        taken = Taken(
-            tokens=np.empty(shape, dtype=self._spec.token_dtype),
-            num_tokens=np.empty(count, dtype=np.uint32),
-            places=np.empty((count, 3), dtype=np.uint32),
+        parts: list[Taken] = []
+        while count:
+            segment = self._reach(domain, count)
+            tokens, num_tokens = segment.opened.take(segment.start, segment.end)
+            places = np.empty((len(tokens), 3), dtype=np.uint32)
+            places[:, 0] = segment.epoch
+            places[:, 1] = segment.window
+            places[:, 2] = np.arange(segment.start, segment.end)
+            parts.append(Taken(tokens=tokens, num_tokens=num_tokens, places=places))
+            count -= len(tokens)
+        if len(parts) == 1:
+            return parts[0]
+        return Taken(
+            tokens=np.concatenate([part.tokens for part in parts]),
+            num_tokens=np.concatenate([part.num_tokens for part in parts]),
+            places=np.concatenate([part.places for part in parts]),
         )
-        done = 0
-        while done < count:
-            segment = position.reach(count - done)
-            rows = slice(done, done + segment.end - segment.start)
-            taken.tokens[rows], taken.num_tokens[rows] = segment.opened.take(
-                segment.start, segment.end
-            )
-            taken.places[rows, 0] = segment.epoch
-            taken.places[rows, 1] = segment.window
-            taken.places[rows, 2] = np.arange(segment.start, segment.end)
-            done = rows.stop
-        return taken
 
     def skip(self, domain: int, count: int) -> None:
         """Move over the next `count` sequences of a domain."""
         while count:
-            segment = self._positions[domain].reach(count)
+            segment = self._reach(domain, count)
             count -= segment.end - segment.start
+
+    def _reach(self, domain: int, limit: int) -> _Segment:
+        position = self._positions[domain]
+        segment = position.reach(limit)
+        self._places[domain] = position.epoch, position.window, position.sequence
+        return segment
 
     def close(self) -> None:
         """Give up what is being opened ahead; idempotent."""

@@ -34,8 +34,8 @@ class Turn:
     counts: NDArray[np.int64]
     """[domains]"""
 
-    wanted: list[int]
-    """Domains with a share above 0, largest share first."""
+    shares: tuple[float, ...]
+    """[domains]: of the mixture in force."""
 
     degraded: bool
 
@@ -203,11 +203,9 @@ class PlanBoard:
         self.composed_through = max(self.composed_through, step)
         if degraded:
             self._degraded.add(step)
-        shares = plan.mixture.shares_q32
-        wanted = [domain for domain, share in enumerate(shares) if share]
         return Turn(
             plan_version=plan.version,
             counts=self._book.counts(step),
-            wanted=sorted(wanted, key=lambda domain: -shares[domain]),
+            shares=plan.mixture.shares,
             degraded=degraded,
         )

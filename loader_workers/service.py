@@ -163,7 +163,7 @@ class LoaderService:
                 return
             started = self._now()
             if turn.plan_version != plan_version:
-                composer.prepare(turn.wanted)
+                composer.prepare(turn.shares)
                 plan_version = turn.plan_version
             if step == opening.from_step:
                 # Only now, as the plans of all steps before a sealed one are known.

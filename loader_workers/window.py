@@ -1,20 +1,31 @@
 """A window: the documents of a few thousand samples, joined and cut into sequences.
 
-It holds where the documents lie, not their tokens: sequences are gathered from the token shards
-when they are taken.
+It knows where the documents lie, and gathers sequences from the token shards when they are taken;
+or, where there is memory for it, it lays the joined tokens side by side once (`join`), so that a
+sequence is one piece of memory and the token shards are let go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loader_workers.order import WindowSamples, num_sequences
 from loader_workers.token_shard import TokenShard
+from protos.errors import NotReady
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+
+ShardsOf = Callable[[], Mapping[int, TokenShard]]
+"""Gives the window's token shards by their position in the domain."""
+
+
+def _changed() -> NotReady:
+    # It was evicted and built again from a source that has been damaged since; a window that is
+    # opened anew leaves out what is gone, as it would on another worker.
+    return NotReady("a token shard changed under an open window; open the stream again")
 
 
 class Window:
@@ -22,7 +33,8 @@ class Window:
 
     Documents are joined with the end-of-text token between; empty ones leave no trace. Sequence i
     holds the joined tokens from i * sequence_length on, one more than `sequence_length`; the last
-    one is padded with the end-of-text token.
+    one is padded with the end-of-text token. Thread-safe: `join` and `part` change how sequences
+    are gathered, never what they hold.
     """
 
     def __init__(
@@ -34,7 +46,6 @@ class Window:
         eot_id: int,
         dtype: np.dtype[np.uint16] | np.dtype[np.uint32],
     ) -> None:
-        self._shards = shards
         self._sequence_length = sequence_length
         self._eot_id = eot_id
         self._dtype = dtype
@@ -53,19 +64,73 @@ class Window:
         self._starts = np.cumsum(self._lengths + 1) - (self._lengths + 1)
         self.num_tokens = int(self._lengths.sum()) + max(len(self._lengths) - 1, 0)
         self.num_sequences = num_sequences(self.num_tokens, sequence_length=sequence_length)
+        self._rows: Tokens | None = None
 
-    def gather(self, sequences: NDArray[np.int64]) -> tuple[Tokens, NDArray[np.uint32]]:
-        """Return [sequences, sequence_length + 1] tokens, and how many of each are not padding."""
+    @property
+    def joined_bytes(self) -> int:
+        """How much memory `join` takes."""
+        return (self.num_sequences * self._sequence_length + 1) * self._dtype.itemsize
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether the joined tokens lie in memory."""
+        return self._rows is not None
+
+    def join(self, shards: Mapping[int, TokenShard]) -> None:
+        """Lay the joined tokens side by side in memory."""
+        length = self._sequence_length
+        tokens = np.empty(self.num_sequences * length + 1, dtype=self._dtype)
+        token_arrays = {position: shard.tokens for position, shard in shards.items()}
+        eot = np.full(1, self._eot_id, dtype=self._dtype)
+        pieces: list[Tokens] = []
+        for position, start, end in zip(
+            self._source_shards.tolist(),
+            self._source_starts.tolist(),
+            (self._source_starts + self._lengths).tolist(),
+            strict=True,
+        ):
+            pieces.append(token_arrays[position][start:end])
+            pieces.append(eot)
+        if sum(map(len, pieces)) != self.num_tokens + bool(pieces):
+            raise _changed()
+        if pieces:
+            # After the last document stands padding, which is end-of-text too.
+            np.concatenate(pieces[:-1], out=tokens[: self.num_tokens])
+        tokens[self.num_tokens :] = self._eot_id
+        self._rows = np.lib.stride_tricks.as_strided(
+            tokens,
+            (self.num_sequences, length + 1),
+            (length * tokens.itemsize, tokens.itemsize),
+            writeable=False,
+        )
+
+    def part(self) -> None:
+        """Let the memory of the joined tokens go."""
+        self._rows = None
+
+    def gather(
+        self, sequences: NDArray[np.int64], shards: ShardsOf
+    ) -> tuple[Tokens, NDArray[np.uint32]]:
+        """Return [sequences, sequence_length + 1] tokens, and how many of each are not padding.
+
+        Args:
+            sequences: positions in the joined documents.
+            shards: asked for the token shards if the window is not joined.
+        """
         width = self._sequence_length + 1
+        first = sequences * self._sequence_length
+        num_tokens = np.minimum(self.num_tokens - first, width).astype(np.uint32)
+        rows = self._rows
+        if rows is not None:
+            return rows[sequences], num_tokens
         # Filled with end-of-text: what is left of it are the joints and the padding.
         tokens = np.full((len(sequences), width), self._eot_id, dtype=self._dtype)
-        first = sequences * self._sequence_length
+        held = shards()
         for row, start in zip(tokens, first.tolist(), strict=True):
-            self._fill(row, start)
-        num_tokens = np.minimum(self.num_tokens - first, width).astype(np.uint32)
+            self._fill(row, start, held)
         return tokens, num_tokens
 
-    def _fill(self, row: Tokens, start: int) -> None:
+    def _fill(self, row: Tokens, start: int, shards: Mapping[int, TokenShard]) -> None:
         """Copy into `row` what documents have of the joined tokens from `start` on."""
         end = start + len(row)
         document = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -75,7 +140,9 @@ class Window:
             length = min(int(self._lengths[document]), end - at) - skipped
             if length > 0:
                 source = int(self._source_starts[document]) + skipped
-                shard = self._shards[int(self._source_shards[document])]
+                found = shards[int(self._source_shards[document])].tokens[source : source + length]
+                if len(found) < length:
+                    raise _changed()
                 to = at + skipped - start
-                row[to : to + length] = shard.tokens[source : source + length]
+                row[to : to + length] = found
             document += 1

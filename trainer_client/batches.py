@@ -47,7 +47,9 @@ class StagedStep:
     """A delivered step whose arrays are on the trainer's device, or on their way there."""
 
     delivered: DeliveredStep
-    tokens: torch.Tensor
+    tokens: torch.Tensor | None
+    """[sequences, sequence_length + 1] int64; None: on the CPU they are widened batch by batch."""
+
     loss_mask: torch.Tensor
     domain_ids: torch.Tensor
     copied: torch.cuda.Event | None
@@ -76,14 +78,13 @@ class Stager:
             self._ahead = self._stage(self._feed.take(step))
 
     def _stage(self, delivered: DeliveredStep) -> StagedStep:
-        tokens = torch.from_numpy(delivered.tokens.astype(np.int64))
-        labels_at = torch.arange(1, tokens.shape[1])
-        num_tokens = torch.from_numpy(delivered.num_tokens.astype(np.int64))
-        tokens, loss_mask, domain_ids, copied = self._to_device(
-            tokens,
-            labels_at[None, :] < num_tokens[:, None],
-            torch.from_numpy(delivered.domain_ids.astype(np.int64)),
-        )
+        tokens = None
+        loss_mask = _loss_mask(delivered)
+        domain_ids = torch.from_numpy(delivered.domain_ids.astype(np.int64))
+        copied = None
+        if self._device.type != "cpu":
+            tokens = torch.from_numpy(delivered.tokens.astype(np.int64))
+            tokens, loss_mask, domain_ids, copied = self._to_device(tokens, loss_mask, domain_ids)
         return StagedStep(
             delivered=delivered,
             tokens=tokens,
@@ -106,14 +107,36 @@ class Stager:
         return moved[0], moved[1], moved[2], self._stream.record_event()
 
 
+def _loss_mask(delivered: DeliveredStep) -> torch.Tensor:
+    num_sequences, width = delivered.tokens.shape
+    # Only a window's last sequence is padded, so nearly every step is full.
+    if np.all(delivered.num_tokens == width):
+        return torch.ones((num_sequences, width - 1), dtype=torch.bool)
+    num_tokens = torch.from_numpy(delivered.num_tokens.astype(np.int64))
+    return torch.arange(1, width)[None, :] < num_tokens[:, None]
+
+
+def _inputs_and_labels(staged: StagedStep, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    if staged.tokens is not None:
+        tokens = staged.tokens[rows]
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    # Widened from the wire's two bytes straight to where they are used, one copy each.
+    narrow = staged.delivered.tokens[rows]
+    return (
+        torch.from_numpy(narrow[:, :-1].astype(np.int64)),
+        torch.from_numpy(narrow[:, 1:].astype(np.int64)),
+    )
+
+
 def arrive(staged: StagedStep) -> None:
     """Make the device's current stream wait for the copy of a step; the host does not wait."""
     if staged.copied is None:
         return
-    current = torch.cuda.current_stream(staged.tokens.device)
+    current = torch.cuda.current_stream(staged.loss_mask.device)
     current.wait_event(staged.copied)
     for array in (staged.tokens, staged.loss_mask, staged.domain_ids):
-        array.record_stream(current)
+        if array is not None:
+            array.record_stream(current)
 
 
 def split(staged: StagedStep, *, micro_batch: int, most_sequences: int) -> Iterator[Batch]:
@@ -128,7 +151,7 @@ def split(staged: StagedStep, *, micro_batch: int, most_sequences: int) -> Itera
         micro_batch: sequences in a micro-batch; the last may have fewer.
         most_sequences: what the rank with the most of them has in a step.
     """
-    num_sequences = len(staged.tokens)
+    num_sequences = len(staged.delivered.tokens)
     num_batches = -(-most_sequences // micro_batch)
     for index in range(num_batches):
         first = index * micro_batch
@@ -136,10 +159,11 @@ def split(staged: StagedStep, *, micro_batch: int, most_sequences: int) -> Itera
         filler = first >= end
         rows = slice(0, 1) if filler else slice(first, end)
         mask = staged.loss_mask[rows]
+        tokens, labels = _inputs_and_labels(staged, rows)
         slots = staged.delivered.slots
         yield Batch(
-            tokens=staged.tokens[rows, :-1].contiguous(),
-            labels=staged.tokens[rows, 1:].contiguous(),
+            tokens=tokens,
+            labels=labels,
             loss_mask=torch.zeros_like(mask) if filler else mask,
             domain_ids=staged.domain_ids[rows],
             step=staged.delivered.step,

@@ -92,8 +92,8 @@ def test_a_sealed_step_has_its_turn_with_the_plan_in_force() -> None:
     board = _begun()
     board.say(PLANS[1:], sealed_through=6)
     assert [board.turn(step).plan_version for step in (4, 5, 6)] == [1, 2, 2]
-    assert board.turn(4).wanted == [1, 0]
-    assert board.turn(5).wanted == [0, 1]
+    assert board.turn(4).shares == pytest.approx((0.3, 0.7))
+    assert board.turn(5).shares == pytest.approx((0.8, 0.2))
     assert int(board.turn(5).counts.sum()) == SPEC.global_sequences
     assert board.would_wait(7)
 
