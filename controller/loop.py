@@ -241,7 +241,8 @@ class ControlLoop:
 
     def worker_lost(self, worker_id: str, reason: str) -> None:
         """Note that a worker is gone."""
-        logger.warning("worker lost worker=%s: %s", worker_id, reason)
+        level = logging.INFO if self.is_drained else logging.WARNING
+        logger.log(level, "worker lost worker=%s: %s", worker_id, reason)
         self.note(event_entry("worker lost", worker=worker_id, reason=reason))
 
     async def flush(self) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -48,6 +49,7 @@ from protos.status import RunStatus
 
 TRAINER_LOG = "trainer.log"
 CACHE = "cache"
+LOGS = "logs"
 
 _POLL_S = 0.5
 _STATUS_TIMEOUT_S = 2.0
@@ -73,12 +75,11 @@ def run_local(options: RunOptions, console: Console) -> dict[str, Any]:
         HeadraceError: what went wrong, in a sentence.
         Stopped: the run was ended by a signal; all that it made so far is on disk.
     """
-    with Progress(console) as progress:
-        with _terminable():
-            training = choose_training(options)
-            config = _with_workers(load_run_file(prepare_run(options, progress)), options)
-            keep_training(training, options.out)
-        outcome = _train(options, training, config, progress)
+    with _terminable(), Progress(console) as progress, temporary_folder() as folder:
+        training = choose_training(options)
+        config = _with_workers(load_run_file(prepare_run(options, progress)), options)
+        keep_training(training, options.out)
+        outcome = _train(options, training, config, folder, progress)
         return _report(options, training, config, outcome, progress, console)
 
 
@@ -92,7 +93,7 @@ def _with_workers(config: RunConfig, options: RunOptions) -> RunConfig:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Have SIGTERM end preparations as Ctrl-C does, so that nothing half-made stays."""
+    """Have SIGTERM end things as Ctrl-C does, so that nothing half-made stays."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -105,13 +106,18 @@ def _terminable() -> Iterator[None]:
 
 
 def _train(
-    options: RunOptions, training: Training, config: RunConfig, progress: Progress
+    options: RunOptions,
+    training: Training,
+    config: RunConfig,
+    folder: Path,
+    progress: Progress,
 ) -> Outcome:
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals())
-        folder = stack.enter_context(temporary_folder())
         with progress.stage("starting Ray, controller and workers"):
-            stack.enter_context(local_ray(folder, num_actors=1 + config.workers.count))
+            logs = options.out / LOGS
+            stack.callback(_say_logs, logs, progress)
+            stack.enter_context(local_ray(folder, num_actors=1 + config.workers.count, logs=logs))
             stop.install()
             # Imports Ray, which must find the environment that `local_ray` has prepared.
             from deploy.actors import start_controller, start_workers, stop_actors
@@ -129,7 +135,7 @@ def _train(
         trainer = ChildProcess(
             trainer_command(options, training, config, address),
             log=options.out / TRAINER_LOG,
-            env=trainer_environment(folder),
+            env=trainer_environment(),
         )
         watch = _Watch(admin, trainer, actors, progress, stop)
         try:
@@ -142,6 +148,11 @@ def _train(
         if not stop.asked and trainer.poll():
             raise TrainerFailed(_failure(trainer))
         return Outcome(status=watch.status, wall_s=wall_s, stopped_by=stop.signal)
+
+
+def _say_logs(logs: Path, progress: Progress) -> None:
+    if logs.is_dir():
+        progress.say(f"controller or workers had something to say: see {logs}")
 
 
 class _Watch:

@@ -28,14 +28,21 @@ _SOCKET_SUFFIX = "/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_sto
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Make a folder with a short name, as Ray puts sockets deep below it; remove it at the end."""
+    """Make a folder for all temporary files, of this process and of its children; remove it.
+
+    Libraries leave things behind in theirs. Its name is short, as Ray puts sockets deep below it.
+    """
     base = Path(tempfile.gettempdir())
     if len(os.fsencode(base)) + len("/hr-12345678") + len(_SOCKET_SUFFIX) > _MAX_SOCKET_PATH:
         base = Path("/tmp")
+    former = tempfile.tempdir
     folder = Path(tempfile.mkdtemp(prefix="hr-", dir=base))
     try:
-        yield folder
+        with _environment({"TMPDIR": str(folder)}):
+            tempfile.tempdir = str(folder)
+            yield folder
     finally:
+        tempfile.tempdir = former
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -46,8 +53,10 @@ def python_path() -> str:
 
 
 @contextmanager
-def local_ray(folder: Path, *, num_actors: int) -> Iterator[None]:
+def local_ray(folder: Path, *, num_actors: int, logs: Path) -> Iterator[None]:
     """Run a Ray for `num_actors` actors until the end of the block; to be used once a process.
+
+    What the actors wrote is copied to `logs` at the end.
 
     Raises:
         HeadraceError: Ray does not start.
@@ -63,8 +72,6 @@ def local_ray(folder: Path, *, num_actors: int) -> Iterator[None]:
         # The harness says itself what died; Ray's own words would tear its display.
         "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
         "PYTHONPATH": python_path(),
-        # Whatever libraries leave behind goes with the folder.
-        "TMPDIR": str(folder),
     }
     with _environment(environment):
         # Imported here because it takes its settings from the environment when it is imported.
@@ -92,6 +99,21 @@ def local_ray(folder: Path, *, num_actors: int) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+            _keep_logs(folder, logs)
+
+
+def _keep_logs(folder: Path, logs: Path) -> None:
+    """Copy what actors wrote, without what Ray writes into every log."""
+    for log in sorted(folder.glob("session_2*/logs/worker-*")):
+        if log.suffix not in (".out", ".err"):
+            continue
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        told = [line for line in lines if not line.startswith((":job_id:", ":actor_name:"))]
+        names = [line.strip().rpartition(":")[2] for line in lines if line.startswith(":actor_")]
+        if told and names:
+            logs.mkdir(parents=True, exist_ok=True)
+            process_id = log.stem.rpartition("-")[2]
+            (logs / f"{names[0]}-{process_id}{log.suffix}").write_text("".join(told))
 
 
 @contextmanager

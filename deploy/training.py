@@ -91,8 +91,8 @@ def trainer_command(
     return command
 
 
-def trainer_environment(folder: Path) -> dict[str, str]:
-    """Return the environment of the training script; `folder` takes what libraries leave behind."""
+def trainer_environment() -> dict[str, str]:
+    """Return the environment of the training script."""
     ours = {
         "PYTHONPATH": python_path(),
         "PYTHONUNBUFFERED": "1",
@@ -100,6 +100,5 @@ def trainer_environment(folder: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
-        "TMPDIR": str(folder),
     }
     return {**os.environ, **ours}
