@@ -53,7 +53,10 @@ def assert_nothing_left(run: HarnessRun, traces: Traces, shm_before: set[str]) -
     assert run.processes() == []
     assert not traces.ports & listening_ports()
     assert list(run.temporary.iterdir()) == []
-    assert abandoned_shared_memory(shm_before) == set()
+    # What others on this machine make there goes away again by itself; what is left stays.
+    wait_until(
+        lambda: not abandoned_shared_memory(shm_before), timeout_s=20, what="an empty /dev/shm"
+    )
 
 
 def test_a_run_ends_by_itself_with_a_complete_report_and_leaves_nothing(tmp_path: Path) -> None:
