@@ -37,6 +37,7 @@ from deploy.report import (
 from deploy.runfile import RunOptions
 from deploy.training import (
     RECEIVED,
+    TRAINER_SAYS,
     Training,
     choose_training,
     keep_training,
@@ -54,6 +55,7 @@ LOGS = "logs"
 _POLL_S = 0.5
 _STATUS_TIMEOUT_S = 2.0
 _LAST_LINES = 15
+_LINES_SEARCHED = 400
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,11 +201,15 @@ class _Watch:
 
 
 def _failure(trainer: ChildProcess) -> str:
-    lines = "\n".join(f"  {line}" for line in trainer.last_lines(_LAST_LINES))
-    return (
-        f"the trainer ended with exit status {trainer.poll()}; its log is {trainer.log} and ends "
-        f"with:\n{lines}"
-    )
+    """Return what the ranks said they died of, or else the end of their log."""
+    ended = f"the trainer ended with exit status {trainer.poll()}"
+    lines = trainer.last_lines(_LINES_SEARCHED)
+    told = dict.fromkeys(line for line in lines if line.startswith(TRAINER_SAYS))
+    if told:
+        causes = "; ".join(line.removeprefix(TRAINER_SAYS) for line in told)
+        return f"{ended}: {causes} (log: {trainer.log})"
+    last = "\n".join(f"  {line}" for line in lines[-_LAST_LINES:])
+    return f"{ended}; its log is {trainer.log} and ends with:\n{last}"
 
 
 def _report(

@@ -216,7 +216,7 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
         f"{report['ranks']} ranks, {report['workers']} workers",
         f"plans {report['plan_versions']}, all obeyed from their first step: "
         f"{'yes' if report['plans_obeyed'] else 'NO'}; largest share error "
-        f"{report['max_share_error_sequences']:.3f} sequences",
+        f"{math.floor(report['max_share_error_sequences'] * 1000) / 1000:.3f} sequences",
         f"of {report['sequences']:,} sequences lost {report['lost']}, duplicated "
         f"{report['duplicated']}, mismatched {report['mismatched']}, misordered "
         f"{report['misordered']}; quarantined {report['quarantined']}",

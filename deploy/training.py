@@ -16,6 +16,9 @@ from protos.errors import ConfigError
 
 TRAINING = "training.json"
 CHECKPOINTS = "checkpoints"
+TRAINER_SAYS = "train.py: "
+"""How the line begins in which a rank of the example trainer says what it ended of."""
+
 RECEIVED = "received"
 """Folder of the delivery logs."""
 

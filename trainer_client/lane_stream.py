@@ -121,7 +121,9 @@ class LaneStream(threading.Thread):
             next_step = self._buffer.next_step(self.lanes[0])
             num_tries = 1 if next_step > before else num_tries + 1
             self.cause = cause
-            logger.warning(
+            # A worker that stays away is said once, not at every try.
+            logger.log(
+                logging.WARNING if num_tries == 1 else logging.DEBUG,
                 "stream of lanes %s broke rank=%d step=%d: %s",
                 self.lanes,
                 self._member.rank,
