@@ -76,7 +76,10 @@ def run(data: Path, *, seconds: float, global_sequences: int) -> workload.Measur
         opened_at = time.perf_counter()
         with trainer_client.connect(address, rank=0, world_size=1) as session:
             return workload.measure(
-                _batches(session), opened_at=opened_at, seconds=seconds, others=[worker, controller]
+                _batches(session),
+                opened_at=opened_at,
+                seconds=seconds,
+                names={worker: "worker", controller: "controller"},
             )
 
 
@@ -109,7 +112,7 @@ def _run_file(data: Path, out: Path, global_sequences: int) -> Path:
             "sequence_length": workload.SEQUENCE_LENGTH,
             "lanes": 4,
         },
-        "policy": {"name": "static", "shares": dict(zip(domains, SHARES, strict=True))},
+        "policy": {"name": "static", "mixture": dict(zip(domains, SHARES, strict=True))},
         "control": {"lag": _LAG},
     }
     path.write_text(yaml.safe_dump(document))

@@ -235,6 +235,7 @@ def _do_without_torchvision() -> None:
             del sys.modules[name]
         for name in ("torchvision", "torchvision.datasets", "torchvision.transforms.functional"):
             sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))
+        sys.modules["torchvision.datasets"].VisionDataset = object  # a base class over there
 
 
 def prepare_streaming(data: Path) -> None:

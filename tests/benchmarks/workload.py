@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import psutil
@@ -77,7 +78,11 @@ def packed(domain: int, shard: int) -> NDArray[np.uint16]:
 
 
 def measure(
-    batches: Sequences, *, opened_at: float, seconds: float, others: Sequence[int] = ()
+    batches: Sequences,
+    *,
+    opened_at: float,
+    seconds: float,
+    names: Mapping[int, str] = MappingProxyType({}),
 ) -> Measured:
     """Consume for a while and say what it cost.
 
@@ -85,16 +90,16 @@ def measure(
         batches: what is consumed; the trainer does nothing else.
         opened_at: when the loader was asked for, by `time.perf_counter`.
         seconds: how long to measure, after a warm-up.
-        others: processes beside this one and its children that take part.
+        names: what the children are, by process id.
     """
     tokens, _ = next(batches)
     first_batch_s = time.perf_counter() - opened_at
     _consume(batches, WARM_UP_S)
-    cpu_before = _cpu(others)
+    cpu_before = _cpu(names)
     started = time.perf_counter()
     num_batches, counts = _consume(batches, seconds)
     elapsed = time.perf_counter() - started
-    cpu_after = _cpu(others)
+    cpu_after = _cpu(names)
     num_mtok = num_batches * BATCH * WIDTH / 1e6
     by_process = {
         name: (used - cpu_before.get((name, pid), 0.0)) / num_mtok
@@ -104,7 +109,7 @@ def measure(
         tokens_per_s=num_mtok * 1e6 / elapsed,
         cpu_s_per_mtok=sum(by_process.values()),
         first_batch_s=first_batch_s,
-        peak_rss_mb=sum(_peak_bytes(process) for process in _processes(others)) / 1e6,
+        peak_rss_mb=sum(_peak_bytes(process) for process in _processes()) / 1e6,
         shares=(counts / max(counts.sum(), 1)).tolist(),
         batches=num_batches,
         cpu_s_per_mtok_by_process=by_process,
@@ -129,17 +134,17 @@ def _consume(batches: Sequences, seconds: float) -> tuple[int, NDArray[np.int64]
     return num_batches, counts.numpy()
 
 
-def _processes(others: Sequence[int]) -> list[psutil.Process]:
+def _processes() -> list[psutil.Process]:
     mine = psutil.Process()
-    return [mine, *mine.children(recursive=True), *(psutil.Process(pid) for pid in others)]
+    return [mine, *mine.children(recursive=True)]
 
 
-def _cpu(others: Sequence[int]) -> dict[tuple[str, int], float]:
+def _cpu(names: Mapping[int, str]) -> dict[tuple[str, int], float]:
     """Return CPU seconds so far by process, named by its part."""
     used = {}
-    for place, process in enumerate(_processes(others)):
+    for place, process in enumerate(_processes()):
         times = process.cpu_times()
-        name = "consumer" if place == 0 else f"process {place}"
+        name = names.get(process.pid, f"child {place}" if place else "consumer")
         used[name, process.pid] = times.user + times.system
     return used
 
