@@ -86,7 +86,7 @@ def prepare(config: RunConfig) -> Prepared:
         initial=Mixture.from_shares(initial_mixture(config.policy, context)),
         guard=Guard(config.guard, context),
         blobs=Blobs(index=index_bytes, tokenizer=tokenizer_bytes),
-        bad_share=BadShare(index, limit=config.data.max_bad_share),
+        bad_share=BadShare(index, limit=config.bad_limit),
     )
 
 

@@ -17,7 +17,7 @@ from protos.apportion import MAX_GLOBAL_SEQUENCES
 from protos.dataset_index import DatasetIndex
 from protos.errors import ConfigError, DomainEmpty, IndexMismatch
 from protos.security import Security, check_bind, split_address
-from protos.spec import ProbeSpec, RunSpec
+from protos.spec import STOP, ProbeSpec, RunSpec
 from protos.tokenizer import TokenizerInfo
 
 Whole = Annotated[int, Field(strict=True, ge=0)]
@@ -52,7 +52,15 @@ class DataSection(Section):
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of the samples that may be unreadable before the run refuses to go on."""
 
+    on_damage: Literal["skip_sample", "quarantine_shard", "stop"] = "skip_sample"
+    """What is done about a sample that cannot be read."""
+
     domains: dict[str, DomainSection] = Field(min_length=1)
+
+    @property
+    def samples_folder(self) -> Path:
+        """Where the maps of the shards' samples are: beside the index."""
+        return self.index.with_suffix(".samples").absolute()
 
     @model_validator(mode="after")
     def _tokens_are_known(self) -> DataSection:
@@ -178,6 +186,11 @@ class RunConfig(Section):
         return Security(insecure=self.security.insecure)
 
     @property
+    def bad_limit(self) -> float:
+        """The share of samples that may be unreadable."""
+        return 0.0 if self.data.on_damage == STOP else self.data.max_bad_share
+
+    @property
     def ledger_path(self) -> Path:
         """Where the run's ledger lies."""
         return self.out / "ledger.sqlite"
@@ -270,6 +283,8 @@ def run_spec(
         vocab_size=vocab_size,
         eot_id=eot_id,
         text_field=config.data.text_field,
+        on_damage=config.data.on_damage,
+        samples_folder=str(config.data.samples_folder),
         index_sha256=index.sha256,
         tokenizer_sha256=tokenizer.sha256 if tokenizer else "",
         degraded_after_s=config.control.degraded_after_s,

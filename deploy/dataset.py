@@ -17,8 +17,6 @@ from protos.spec import RunSpec
 from protos.tokenizer import TokenizerInfo, describe_tokenizer
 from protos.types import Lane
 
-_INDEX_THREADS = 2
-
 
 def ensure_index(
     config: RunConfig, *, rebuild: bool = False, progress: Progress | None = None
@@ -35,8 +33,10 @@ def ensure_index(
         {name: domain.shards for name, domain in config.data.domains.items()},
         text_field=config.data.text_field,
         max_bad_share=config.data.max_bad_share,
+        on_damage=config.data.on_damage,
+        samples_folder=config.data.samples_folder,
+        partial=path.with_suffix(".partial.jsonl"),
         progress=progress,
-        threads=_INDEX_THREADS,
     )
     write_index(index, path)
     return index

@@ -79,7 +79,9 @@ def prepare_run(options: RunOptions, progress: Progress) -> Path:
 @contextmanager
 def _nothing_left_behind(out: Path) -> Iterator[None]:
     """Remove what was made, if it does not become a run."""
-    made = [out / name for name in (SHARDS, TOKENIZER, INDEX)]
+    endings = (".samples", ".partial.jsonl")
+    beside_index = [(out / INDEX).with_suffix(ending) for ending in endings]
+    made = [*(out / name for name in (SHARDS, TOKENIZER, INDEX)), *beside_index]
     held = {path for path in (out, *made) if path.exists()}
     # Nobody but a harness that was killed while packing leaves this name here.
     shutil.rmtree(partial_folder(out / SHARDS), ignore_errors=True)

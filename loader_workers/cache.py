@@ -35,7 +35,7 @@ from protos.types import Quarantine
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every key: raise it when the same shard must give other tokens or another file."""
 
 
@@ -124,6 +124,8 @@ class ShardCache:
             self._converter.text_field,
             # Without a tokenizer these decide which token ids are readable, and their width.
             self._converter.vocab_size,
+            # Stands between the lines of a `jsonl` member.
+            self._converter.eot_id,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -164,7 +166,7 @@ class ShardCache:
                 return found
             documents = self._converter.convert(shard)
             built = TokenShard(documents)
-            if not documents.lost:
+            if not documents.lost and not documents.damaged:
                 try:
                     write_token_shard(self._path(key), documents)
                 except OSError as error:

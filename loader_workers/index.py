@@ -6,15 +6,22 @@ import glob
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from loader_workers.samples import read_samples
-from loader_workers.shard_file import local_path, open_shard
+import numpy as np
+
+from loader_workers.index_partial import PartialIndex, ScannedShard, stamp_of_file
+from loader_workers.location import expand_numbers, has_glob, local_path, parse_location
+from loader_workers.remote import REMOTE, Remote
+from loader_workers.sample_map import Place, map_path, write_sample_map
+from loader_workers.samples import Sample, read_samples
+from loader_workers.shard_file import open_object, open_shard
 from protos.dataset_index import DatasetIndex, ShardRef
 from protos.errors import ConfigError, DomainEmpty, ShardUnreadable, TooMuchLost
+from protos.spec import QUARANTINE_SHARD, SKIP_SAMPLE, STOP
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +31,37 @@ Progress = Callable[[int, int], None]
 _TOKEN_BYTES = 4
 """A stored token id counts as so many bytes of text, about what one stands for."""
 
+FORMAT_VERSION = 1
+"""Raise it when the same shard must be indexed otherwise: work half done does not count then."""
+
+
+Mapper = Callable[
+    [Callable[["ShardToScan"], ScannedShard], Sequence["ShardToScan"]], Iterable[ScannedShard]
+]
+"""Applies a function to all items, in parallel; yields the results in the items' order."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScannedShard:
-    """What a pass over a shard found."""
+class ShardToScan:
+    """One shard, and how it is read; goes to another process."""
 
-    ref: ShardRef
-    num_unreadable: int = 0
-    first_reason: str = ""
+    domain: str
+    url: str
+    text_field: str
+    samples_folder: Path | None = None
+    on_damage: str = SKIP_SAMPLE
+
+
+def in_threads(num_threads: int) -> Mapper:
+    """Return a mapper for small datasets and tests."""
+
+    def mapper(
+        function: Callable[[ShardToScan], ScannedShard], items: Sequence[ShardToScan]
+    ) -> Iterable[ScannedShard]:
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="index") as pool:
+            yield from pool.map(function, items)
+
+    return mapper
 
 
 def build_index(
@@ -39,97 +69,188 @@ def build_index(
     *,
     text_field: str,
     max_bad_share: float,
+    on_damage: str = SKIP_SAMPLE,
+    samples_folder: Path | None = None,
+    partial: Path | None = None,
     progress: Progress | None = None,
-    threads: int = 2,
+    mapper: Mapper | None = None,
 ) -> DatasetIndex:
-    """Index local shards; `domains` maps each domain to paths and glob patterns.
+    """Index shards; `domains` maps each domain to paths, URLs and patterns of them.
+
+    Args:
+        domains: in the run's order.
+        text_field: of `.json` and `.jsonl` members.
+        max_bad_share: how much may be unreadable.
+        on_damage: one of `protos.spec.ON_DAMAGE`.
+        samples_folder: where the map of each shard's samples is written; None: there are none.
+        partial: where work that is done is written down, so that an interrupted indexing goes on.
+        progress: told shard by shard.
+        mapper: scans shards in parallel.
 
     Raises:
         DomainEmpty: a pattern matches no file, or a domain has no readable sample.
-        ConfigError: a shard is in two domains, or a pattern is not one of local files.
+        ConfigError: a shard is in two domains, or a pattern cannot be looked up.
         TooMuchLost: more than `max_bad_share` of the bytes or samples is unreadable.
+        NotReady: a store cannot be reached now; what is done already is kept.
     """
     urls = [(domain, url) for domain in domains for url in expand(domain, domains[domain])]
     _refuse_shared(urls)
-    scanned: list[ScannedShard] = []
-    with ThreadPoolExecutor(threads, thread_name_prefix="index") as pool:
-        for result in pool.map(lambda pair: scan(*pair, text_field=text_field), urls):
-            scanned.append(result)
-            if progress is not None:
-                progress(len(scanned), len(urls))
-    _refuse_loss(scanned, max_bad_share)
-    index = DatasetIndex(result.ref for result in scanned)
-    for domain in index.domains:
-        if index.num_samples(domain) == 0:
-            raise DomainEmpty(
-                f"domain {domain!r} has no samples in its {len(index.shards(domain))} shards; "
-                f"fill or remove it in data.domains"
-            )
+    items = [
+        ShardToScan(
+            domain=domain,
+            url=url,
+            text_field=text_field,
+            samples_folder=samples_folder,
+            on_damage=on_damage,
+        )
+        for domain, url in urls
+    ]
+    settings = f"{FORMAT_VERSION} {on_damage} {text_field}"
+    with PartialIndex(partial, settings=settings, samples_folder=samples_folder) as done:
+        scanned = _scan_all(items, done, mapper or in_threads(2), progress)
+        _refuse_loss(scanned, 0.0 if on_damage == STOP else max_bad_share, on_damage)
+        index = DatasetIndex(result.ref for result in scanned)
+        for domain in index.domains:
+            if index.num_samples(domain) == 0:
+                raise DomainEmpty(
+                    f"domain {domain!r} has no samples in its {len(index.shards(domain))} shards; "
+                    f"fill or remove it in data.domains"
+                )
     return index
 
 
-def expand(domain: str, patterns: Sequence[str]) -> list[str]:
-    """Return the absolute paths that a domain's patterns match, sorted, each once.
+def _scan_all(
+    items: Sequence[ShardToScan],
+    done: PartialIndex,
+    mapper: Mapper,
+    progress: Progress | None,
+) -> list[ScannedShard]:
+    stamps = {(item.domain, item.url): _stamp(item.url) for item in items}
+    known = {key: done.find(*key, stamp) for key, stamp in stamps.items()}
+    missing = [item for item in items if known[item.domain, item.url] is None]
+    num_done = len(items) - len(missing)
+    if num_done:
+        logger.info("indexing goes on: %d of %d shards are done", num_done, len(items))
+    for item, scanned in zip(missing, mapper(scan, missing), strict=True):
+        key = (item.domain, item.url)
+        result = replace(scanned, stamp=stamps[key])
+        known[key] = result
+        done.add(result)
+        num_done += 1
+        if progress is not None:
+            progress(num_done, len(items))
+    return [found for found in known.values() if found is not None]
+
+
+def _stamp(url: str) -> str:
+    """Return which bytes a URL has now; empty: nobody can say."""
+    location = parse_location(url)
+    if location.is_local:
+        return stamp_of_file(url)
+    try:
+        return REMOTE.open(location).stamp
+    except ShardUnreadable:
+        return ""
+
+
+def expand(domain: str, patterns: Sequence[str], *, remote: Remote = REMOTE) -> list[str]:
+    """Return the URLs that a domain's patterns match, sorted, each once; local ones are paths.
 
     Raises:
-        DomainEmpty: there are no patterns, or one matches no file.
-        ConfigError: a pattern has the scheme of something other than a local file.
+        DomainEmpty: there are no patterns, or one matches nothing.
+        ConfigError: a pattern has a scheme that is not read, or needs a list that there is not.
+        NotReady: a store cannot be listed now.
     """
     if not patterns:
         raise DomainEmpty(f"domain {domain!r} names no shards; set data.domains.{domain}.shards")
     found: set[str] = set()
     for pattern in patterns:
-        path = local_path(pattern)
-        # Path.glob takes no absolute patterns.
-        found_here = glob.glob(str(path), recursive=True)  # noqa: PTH207
-        matches = [match for match in found_here if Path(match).is_file()]
-        if path.is_file():
-            # A file whose own name has brackets matches itself.
-            matches.append(str(path))
-        if not matches:
-            raise DomainEmpty(
-                f"domain {domain!r}: no file matches {pattern!r} (looked in {Path.cwd()}); "
-                f"mend data.domains.{domain}.shards"
-            )
-        found.update(os.path.abspath(match) for match in matches)  # noqa: PTH100 - keeps links
+        for each in expand_numbers(pattern):
+            location = parse_location(each)
+            if location.is_local:
+                matches = _local_matches(each)
+            elif has_glob(location.path):
+                matches = [match.url for match in remote.list(location)]
+            else:
+                matches = [location.url]
+            if not matches:
+                where = f" (looked in {Path.cwd()})" if location.is_local else ""
+                raise DomainEmpty(
+                    f"domain {domain!r}: no file matches {each!r}{where}; "
+                    f"mend data.domains.{domain}.shards"
+                )
+            found.update(matches)
     return sorted(found)
 
 
-def scan(domain: str, url: str, *, text_field: str) -> ScannedShard:
-    """Read a shard whole; one that is damaged comes back as quarantined."""
-    num_samples = num_unreadable = text_bytes = 0
-    first_reason = ""
-    kinds: set[str] = set()
+def _local_matches(pattern: str) -> list[str]:
+    path = local_path(pattern)
+    # Path.glob takes no absolute patterns.
+    found = glob.glob(str(path), recursive=True)  # noqa: PTH207
+    matches = [match for match in found if Path(match).is_file()]
+    if path.is_file():
+        # A file whose own name has brackets matches itself.
+        matches.append(str(path))
+    return [os.path.abspath(match) for match in matches]  # noqa: PTH100 - keeps links
+
+
+def scan(item: ShardToScan) -> ScannedShard:
+    """Read a shard whole; one that is damaged comes back as quarantined.
+
+    Raises:
+        NotReady: it cannot be read now, which says nothing about it.
+    """
+    tally = _Tally()
     try:
-        with open_shard(url) as shard:
-            for sample in read_samples(shard.members, text_field=text_field):
-                num_samples += 1
-                if sample.document is None:
-                    num_unreadable += 1
-                    first_reason = first_reason or sample.reason
-                elif isinstance(sample.document, str):
-                    kinds.add("text")
-                    text_bytes += len(sample.document.encode())
-                else:
-                    kinds.add("tokens")
-                    text_bytes += _TOKEN_BYTES * len(sample.document)
+        with open_shard(item.url) as shard:
+            for sample in read_samples(shard.members, text_field=item.text_field):
+                tally.add(sample)
             sha256, num_bytes = shard.sha256(), shard.num_bytes
+        if tally.num_unreadable and item.on_damage == QUARANTINE_SHARD:
+            raise ShardUnreadable(f"{item.url}: {tally.first_reason}")
     except ShardUnreadable as error:
-        logger.warning("quarantined shard of domain=%s: %s", domain, error)
-        return ScannedShard(ref=_quarantined(domain, url, str(error)))
+        logger.warning("quarantined shard of domain=%s: %s", item.domain, error)
+        return ScannedShard(ref=_quarantined(item.domain, item.url, str(error)))
+    if item.samples_folder is not None:
+        write_sample_map(map_path(item.samples_folder, sha256), tally.places)
     return ScannedShard(
         ref=ShardRef(
-            domain=domain,
-            url=url,
+            domain=item.domain,
+            url=item.url,
             num_bytes=num_bytes,
-            num_samples=num_samples,
-            text_bytes=text_bytes,
+            num_samples=len(tally.places),
+            text_bytes=tally.text_bytes,
             sha256=sha256,
-            format="mixed" if len(kinds) == 2 else next(iter(kinds), "text"),
+            format="mixed" if len(tally.kinds) == 2 else next(iter(tally.kinds), "text"),
         ),
-        num_unreadable=num_unreadable,
-        first_reason=f"{url}: {first_reason}",
+        num_unreadable=tally.num_unreadable,
+        first_reason=f"{item.url}: {tally.first_reason}",
     )
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What the samples of a shard add up to."""
+
+    places: list[Place] = field(default_factory=list)
+    kinds: set[str] = field(default_factory=set)
+    text_bytes: int = 0
+    num_unreadable: int = 0
+    first_reason: str = ""
+
+    def add(self, sample: Sample) -> None:
+        self.places.append(sample.place)
+        document = sample.document
+        if document is None:
+            self.num_unreadable += 1
+            self.first_reason = self.first_reason or sample.reason
+        elif isinstance(document, np.ndarray):
+            self.kinds.add("tokens")
+            self.text_bytes += _TOKEN_BYTES * len(document)
+        else:
+            self.kinds.add("text")
+            texts = (document,) if isinstance(document, str) else document
+            self.text_bytes += sum(len(text.encode()) for text in texts)
 
 
 def write_index(index: DatasetIndex, path: Path) -> None:
@@ -149,8 +270,9 @@ def write_index(index: DatasetIndex, path: Path) -> None:
 
 def _quarantined(domain: str, url: str, reason: str) -> ShardRef:
     try:
-        num_bytes = Path(url).stat().st_size
-    except OSError:
+        with open_object(url) as shard:
+            num_bytes = shard.num_bytes
+    except ShardUnreadable:
         num_bytes = 0
     return ShardRef(
         domain=domain,
@@ -166,7 +288,7 @@ def _quarantined(domain: str, url: str, reason: str) -> ShardRef:
 def _refuse_shared(urls: list[tuple[str, str]]) -> None:
     owner: dict[str, str] = {}
     for domain, url in urls:
-        real = os.path.realpath(url)
+        real = os.path.realpath(url) if parse_location(url).is_local else url
         if real in owner:
             raise ConfigError(
                 f"shard {url} is in the domains {owner[real]!r} and {domain!r}; give it to one"
@@ -174,9 +296,12 @@ def _refuse_shared(urls: list[tuple[str, str]]) -> None:
         owner[real] = domain
 
 
-def _refuse_loss(scanned: list[ScannedShard], max_bad_share: float) -> None:
+def _refuse_loss(scanned: list[ScannedShard], max_bad_share: float, on_damage: str) -> None:
     allowed = f"data.max_bad_share allows {max_bad_share:.3g}"
     remedy = "mend or remove it, or raise data.max_bad_share"
+    if on_damage == STOP:
+        allowed = "data.on_damage is stop"
+        remedy = "mend or remove it, or choose another data.on_damage"
     lost = [result.ref for result in scanned if result.ref.quarantined]
     all_bytes = sum(result.ref.num_bytes for result in scanned)
     share = sum(ref.num_bytes for ref in lost) / max(all_bytes, 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,10 @@ class Reference:
             tokenize=tokenize,
             text_field=spec.text_field,
             vocab_size=spec.vocab_size,
+            eot_id=spec.eot_id,
             dtype=spec.token_dtype,
+            samples_folder=Path(spec.samples_folder) if spec.samples_folder else None,
+            on_damage=spec.on_damage,
         )
         self._documents: dict[tuple[str, int], list[Tokens]] = {}
 

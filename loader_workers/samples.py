@@ -3,8 +3,8 @@
 A member's key is its path up to the first dot of its base name, its ending the rest, in lower
 case; members with the same key that follow one another are one sample; names like `__meta__` and
 names without a dot are skipped. Token arrays are preferred to text, and `txt` to `json`, which
-often holds only metadata of the `txt` beside it. No other ending is ever read, pickles least of
-all.
+often holds only metadata of the `txt` beside it. The lines of a `jsonl` are documents of their own
+within one sample. No other ending is ever read, pickles least of all.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from loader_workers.sample_map import UNREADABLE, Place, digest_of
 from loader_workers.tar import Member, TarReader
 
 TOKEN_ENDINGS = ("npy", "u16", "u32")
-TEXT_ENDINGS = ("txt", "json")
+TEXT_ENDINGS = ("txt", "json", "jsonl")
 ENDINGS = TOKEN_ENDINGS + TEXT_ENDINGS
 """In order of preference."""
 
@@ -35,8 +36,8 @@ _NPY_HEADERS = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 
-Document = str | NDArray[np.uint32]
-"""Text, or the token ids that stand for it."""
+Document = str | tuple[str, ...] | NDArray[np.uint32]
+"""Text, several texts (of a `jsonl`), or the token ids that stand for one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -50,8 +51,11 @@ class Sample:
     reason: str = ""
     """Why it is unreadable."""
 
+    place: Place = UNREADABLE
+    """Where its document was read from."""
 
-class _Unreadable(Exception):
+
+class SampleUnreadable(Exception):
     """A sample cannot be decoded; the message says why."""
 
 
@@ -61,6 +65,7 @@ class _Group:
 
     key: str
     contents: dict[str, bytes] = field(default_factory=dict)
+    offsets: dict[str, int] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
 
@@ -79,6 +84,17 @@ def read_samples(reader: TarReader, *, text_field: str) -> Iterator[Sample]:
     Raises:
         ShardUnreadable: the archive itself is damaged.
     """
+    seen: set[str] = set()
+    for group in _groups(reader):
+        if group.key in seen:
+            reason = f"sample {group.key!r}: another sample of the shard has the same key"
+            yield Sample(key=group.key, document=None, reason=reason)
+        else:
+            seen.add(group.key)
+            yield _sample(group, text_field=text_field)
+
+
+def _groups(reader: TarReader) -> Iterator[_Group]:
     group: _Group | None = None
     for member in reader:
         parts = split_name(member.name)
@@ -87,11 +103,11 @@ def read_samples(reader: TarReader, *, text_field: str) -> Iterator[Sample]:
         key, ending = parts
         if group is None or group.key != key:
             if group is not None:
-                yield _sample(group, text_field=text_field)
+                yield group
             group = _Group(key)
         _add(group, ending, member, reader)
     if group is not None:
-        yield _sample(group, text_field=text_field)
+        yield group
 
 
 def _add(group: _Group, ending: str, member: Member, reader: TarReader) -> None:
@@ -99,6 +115,8 @@ def _add(group: _Group, ending: str, member: Member, reader: TarReader) -> None:
         group.others.append(ending)
     elif ending in group.contents or ending in group.problems:
         group.problems[ending] = f"it holds two members that end in .{ending}"
+    elif member.name.startswith("/") or ".." in member.name.split("/"):
+        group.problems[ending] = f"its member {member.name!r} has a name that leads elsewhere"
     elif member.refused:
         group.problems[ending] = (
             f"its member .{ending} is {member.refused}; only regular files are read"
@@ -108,59 +126,83 @@ def _add(group: _Group, ending: str, member: Member, reader: TarReader) -> None:
             f"its member .{ending} has {member.size} bytes, more than {MAX_MEMBER_BYTES}"
         )
     else:
+        group.offsets[ending] = member.offset
         group.contents[ending] = reader.read(member)
 
 
 def _sample(group: _Group, *, text_field: str) -> Sample:
     try:
-        return Sample(key=group.key, document=_decode(group, text_field=text_field))
-    except _Unreadable as error:
+        ending = _chosen(group)
+        content = group.contents[ending]
+        document = decode(content, ending, text_field=text_field)
+    except SampleUnreadable as error:
         return Sample(key=group.key, document=None, reason=f"sample {group.key!r}: {error}")
+    place = Place(
+        ending=ending,
+        offset=group.offsets[ending],
+        size=len(content),
+        digest=digest_of(content),
+    )
+    return Sample(key=group.key, document=document, place=place)
 
 
-def _decode(group: _Group, *, text_field: str) -> Document:
+def _chosen(group: _Group) -> str:
     for ending in ENDINGS:
         if ending in group.problems:
-            raise _Unreadable(group.problems[ending])
-        if ending not in group.contents:
-            continue
-        content = group.contents[ending]
-        if ending == "npy":
-            return _from_npy(content)
-        if ending in ("u16", "u32"):
-            return _from_raw(content, ending)
-        return _from_text(content) if ending == "txt" else _from_json(content, text_field)
+            raise SampleUnreadable(group.problems[ending])
+        if ending in group.contents:
+            return ending
     known = ", ".join(f".{ending}" for ending in ENDINGS)
     others = ", ".join(repr(ending) for ending in group.others)
-    raise _Unreadable(f"none of its members ({others}) ends in {known}")
+    raise SampleUnreadable(f"none of its members ({others}) ends in {known}")
+
+
+def decode(content: bytes, ending: str, *, text_field: str) -> Document:
+    """Return the document in a member.
+
+    Raises:
+        SampleUnreadable: there is none.
+    """
+    if ending == "npy":
+        return _from_npy(content)
+    if ending in ("u16", "u32"):
+        return _from_raw(content, ending)
+    if ending == "txt":
+        return _from_text(content)
+    if ending == "jsonl":
+        lines = [line for line in content.splitlines() if line.strip()]
+        return tuple(_from_json(line, text_field) for line in lines)
+    return _from_json(content, text_field)
 
 
 def _from_text(content: bytes) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _Unreadable(f"its text is not UTF-8 at byte {error.start}") from error
+        raise SampleUnreadable(f"its text is not UTF-8 at byte {error.start}") from error
 
 
 def _from_json(content: bytes, text_field: str) -> str:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise _Unreadable(f"its JSON cannot be parsed: {error}") from error
+        raise SampleUnreadable(f"its JSON cannot be parsed: {error}") from error
     text = value.get(text_field) if isinstance(value, dict) else None
     if not isinstance(text, str):
-        raise _Unreadable(f"its JSON has no text in the field {text_field!r} (data.text_field)")
+        raise SampleUnreadable(
+            f"its JSON has no text in the field {text_field!r} (data.text_field)"
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _Unreadable(f"its text has half a surrogate pair at {error.start}") from error
+        raise SampleUnreadable(f"its text has half a surrogate pair at {error.start}") from error
     return text
 
 
 def _from_raw(content: bytes, ending: str) -> NDArray[np.uint32]:
     dtype = np.dtype("<u2") if ending == "u16" else np.dtype("<u4")
     if len(content) % dtype.itemsize:
-        raise _Unreadable(f"{len(content)} bytes are no whole number of .{ending} token ids")
+        raise SampleUnreadable(f"{len(content)} bytes are no whole number of .{ending} token ids")
     return np.frombuffer(content, dtype=dtype).astype(np.uint32)
 
 
@@ -171,15 +213,17 @@ def _from_npy(content: bytes) -> NDArray[np.uint32]:
         read_header = _NPY_HEADERS[np.lib.format.read_magic(stream)]
         shape, _, dtype = read_header(stream)
     except (ValueError, KeyError, SyntaxError, RecursionError) as error:
-        raise _Unreadable(f"its .npy has no valid header: {error}") from error
+        raise SampleUnreadable(f"its .npy has no valid header: {error}") from error
     if len(shape) != 1 or dtype.kind not in "iu":
-        raise _Unreadable(
+        raise SampleUnreadable(
             f".npy must be a 1-D array of integers, got shape {shape} of type {dtype}"
         )
     body = content[stream.tell() :]
     if len(body) != shape[0] * dtype.itemsize:
-        raise _Unreadable(f".npy claims {shape[0]} token ids and holds {len(body)} bytes")
+        raise SampleUnreadable(f".npy claims {shape[0]} token ids and holds {len(body)} bytes")
     tokens = np.frombuffer(body, dtype=dtype)
     if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= 1 << 32):
-        raise _Unreadable(f"token ids must be in 0..2^32-1, got {tokens.min()}..{tokens.max()}")
+        raise SampleUnreadable(
+            f"token ids must be in 0..2^32-1, got {tokens.min()}..{tokens.max()}"
+        )
     return tokens.astype(np.uint32)

@@ -2,92 +2,66 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import io
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import unquote, urlsplit
+from contextlib import closing, contextmanager
 
+from loader_workers.location import local_path, parse_location
+from loader_workers.remote import REMOTE, Remote
+from loader_workers.streams import (
+    HashedStream,
+    LocalObject,
+    Opened,
+    expanded,
+    is_compressed,
+    translate_os_error,
+)
 from loader_workers.tar import TarReader
-from protos.errors import ConfigError, NotReady, ShardUnreadable
 
-SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Errors of a process or machine that has run out of something, not of the file."""
-
-_BUFFER_BYTES = 1 << 20
-
-
-class _HashingFile(io.RawIOBase):
-    """A file that hashes what is read from it."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        super().__init__()
-        self._raw = raw
-        self._digest = hashlib.sha256()
-
-    def readable(self) -> bool:
-        """Say that it can be read."""
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # narrower than Buffer
-        """Fill `buffer` from the file and hash what came."""
-        data = self._raw.read(len(buffer))
-        self._digest.update(data)
-        buffer[: len(data)] = data
-        return len(data)
-
-    def hexdigest(self) -> str:
-        """Return the hash of what was read so far."""
-        return self._digest.hexdigest()
+_LOCAL_CHUNK_BYTES = 1 << 20
 
 
 class OpenShard:
     """A shard that is being read once, from front to back."""
 
-    def __init__(self, raw: BinaryIO, *, num_bytes: int, url: str) -> None:
-        self._hashing = _HashingFile(raw)
+    def __init__(self, packed: HashedStream, *, num_bytes: int, url: str) -> None:
+        self._packed = packed
         self.num_bytes = num_bytes
-        buffered = io.BufferedReader(self._hashing, _BUFFER_BYTES)
-        self.members = TarReader(buffered, num_bytes=num_bytes, shard=url)
+        self.archive = io.BufferedReader(expanded(packed, shard=url), _LOCAL_CHUNK_BYTES)
+        size = None if is_compressed(url) else num_bytes
+        self.members = TarReader(self.archive, num_bytes=size, shard=url)
 
     def sha256(self) -> str:
         """Return the hash of the whole file; read all members first."""
-        while self._hashing.read(_BUFFER_BYTES):
-            pass
-        return self._hashing.hexdigest()
-
-
-def local_path(url: str) -> Path:
-    """Return the path that a shard's URL names.
-
-    Raises:
-        ConfigError: the URL is not one of a local file.
-    """
-    scheme = urlsplit(url).scheme if ":" in url.split("/", 1)[0] else ""
-    if scheme not in ("", "file"):
-        raise ConfigError(
-            f"shard {url} has the scheme {scheme!r}; only local paths and file: URLs are read"
-        )
-    return Path(unquote(urlsplit(url).path)) if scheme else Path(url)
+        return self._packed.sha256()
 
 
 @contextmanager
-def open_shard(url: str) -> Iterator[OpenShard]:
-    """Open a shard.
+def open_object(url: str, *, remote: Remote = REMOTE) -> Iterator[Opened]:
+    """Open a shard to read anywhere in it.
 
     Raises:
         ShardUnreadable: it cannot be opened, or reading fails within the block.
-        NotReady: this process is short of files or memory, which says nothing about the shard.
+        NotReady: this process is short of something, or the shard's store cannot be reached.
     """
+    location = parse_location(url)
     try:
-        with local_path(url).open("rb") as raw:
-            num_bytes = os.fstat(raw.fileno()).st_size
-            yield OpenShard(raw, num_bytes=num_bytes, url=url)
+        if location.is_local:
+            with local_path(url).open("rb", buffering=0) as raw:
+                yield LocalObject(raw)
+        else:
+            yield remote.open(location)
     except OSError as error:
-        if error.errno in SHORTAGES:
-            raise NotReady(f"cannot read {url} now: {error.strerror}") from error
-        raise ShardUnreadable(f"{url}: {error.strerror or error}") from error
+        raise translate_os_error(error, url) from error
+
+
+@contextmanager
+def open_shard(url: str, *, remote: Remote = REMOTE) -> Iterator[OpenShard]:
+    """Open a shard for a pass from front to back; raises as `open_object` does."""
+    is_local = parse_location(url).is_local
+    chunk_bytes = _LOCAL_CHUNK_BYTES if is_local else remote.settings.chunk_bytes
+    with (
+        open_object(url, remote=remote) as source,
+        closing(HashedStream(source, chunk_bytes=chunk_bytes, ahead=not is_local)) as packed,
+    ):
+        yield OpenShard(packed, num_bytes=source.num_bytes, url=url)

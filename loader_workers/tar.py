@@ -20,6 +20,9 @@ MAX_EXTENSION_BYTES = 1 << 20
 MAX_END_BYTES = (1 << 20) + 2 * BLOCK
 """Of zeros at the end of an archive: its mark, and padding to the largest record in use."""
 
+MAX_ARCHIVE_BYTES = 64 << 30
+"""Of a compressed shard once it is expanded: a member cannot claim more."""
+
 _CHUNK = 1 << 20
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _REFUSED = {
@@ -47,7 +50,8 @@ class Member:
 class TarReader:
     """Iterates over the members of one archive; `read` gives the content of the newest one."""
 
-    def __init__(self, stream: BinaryIO, *, num_bytes: int, shard: str) -> None:
+    def __init__(self, stream: BinaryIO, *, num_bytes: int | None, shard: str) -> None:
+        """Read from `stream`; `num_bytes` is the archive's size, None if only its end will tell."""
         self._stream = stream
         self._num_bytes = num_bytes
         self._shard = shard
@@ -111,11 +115,9 @@ class TarReader:
             return Member(name=name, offset=self._offset, size=0, refused=_REFUSED[info.type])
         if info.type == tarfile.DIRTYPE:
             return None
-        if size < 0 or size > self._num_bytes - self._offset:
-            raise self._damaged(
-                f"member {name!r} claims {size} bytes, {self._num_bytes - self._offset} are left",
-                header_at,
-            )
+        left = (self._num_bytes or MAX_ARCHIVE_BYTES) - self._offset
+        if size < 0 or size > left:
+            raise self._damaged(f"member {name!r} claims {size} bytes, {left} are left", header_at)
         self._unread = -(-size // BLOCK) * BLOCK
         if info.type not in _REGULAR:
             kind = f"of the unknown type {info.type!r}"
@@ -168,14 +170,17 @@ class TarReader:
         """Two zero blocks end an archive, and nothing but a little padding comes after them."""
         if any(self._take(BLOCK, what="the second block of the end-of-archive mark")):
             raise self._damaged("a block of zeros stands where a header must be", mark_at)
-        if self._num_bytes - mark_at > MAX_END_BYTES:
+        if self._num_bytes is not None and self._num_bytes - mark_at > MAX_END_BYTES:
             raise self._damaged(
                 f"the end-of-archive mark stands {self._num_bytes - mark_at} bytes before the end",
                 mark_at,
             )
-        rest = self._take(self._num_bytes - self._offset, what="the padding at the end")
-        if any(rest):
+        rest = self._stream.read(MAX_END_BYTES)
+        self._offset += len(rest)
+        if any(rest) or len(rest) == MAX_END_BYTES:
             raise self._damaged("data follows the end-of-archive mark", mark_at)
+        if self._num_bytes is not None and self._offset < self._num_bytes:
+            raise self._damaged("the file ends within the padding at the end", self._offset)
 
     def _skip(self, num_bytes: int, *, what: str) -> None:
         # Read, not sought: whoever hashes the stream must see every byte.

@@ -185,7 +185,10 @@ class Worker:
             tokenize=make_tokenize(inputs.tokenizer) if inputs.tokenizer else None,
             text_field=spec.text_field,
             vocab_size=spec.vocab_size,
+            eot_id=spec.eot_id,
             dtype=spec.token_dtype,
+            samples_folder=Path(spec.samples_folder) if spec.samples_folder else None,
+            on_damage=spec.on_damage,
         )
         cache = self._opened.enter_context(
             ShardCache(

@@ -9,6 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 
+SKIP_SAMPLE = "skip_sample"
+QUARANTINE_SHARD = "quarantine_shard"
+STOP = "stop"
+ON_DAMAGE = (SKIP_SAMPLE, QUARANTINE_SHARD, STOP)
+"""What is done about a sample that cannot be read: leave it out, leave its shard out, or stop."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeSpec:
     """How trainers measure the alignment of the domains' gradients."""
@@ -76,6 +83,12 @@ class RunSpec:
     data_timeout_s: float
     """How long a trainer waits for a batch before it raises."""
 
+    on_damage: str = SKIP_SAMPLE
+    """One of `ON_DAMAGE`."""
+
+    samples_folder: str = ""
+    """Where the maps of the shards' samples are, as written by `headrace index`; empty: nowhere."""
+
     probe: ProbeSpec | None = None
     """None: the policy needs no gradients."""
 
@@ -84,6 +97,10 @@ class RunSpec:
             raise ValueError("a run must have at least one domain, got none")
         if len(set(self.domains)) != len(self.domains):
             raise ValueError(f"domain names must differ from one another, got {self.domains}")
+        if self.on_damage not in ("", *ON_DAMAGE):
+            raise ValueError(
+                f"on_damage must be one of {', '.join(ON_DAMAGE)}, got {self.on_damage!r}"
+            )
         for name in (
             "lanes",
             "global_sequences",

@@ -152,7 +152,9 @@ def make_source(
         tokenize=make_tokenize(tokenizer) if tokenizer else None,
         text_field=spec.text_field,
         vocab_size=spec.vocab_size,
+        eot_id=spec.eot_id,
         dtype=spec.token_dtype,
+        samples_folder=Path(spec.samples_folder) if spec.samples_folder else None,
     )
     with (
         ShardCache(

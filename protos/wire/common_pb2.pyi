@@ -167,6 +167,8 @@ class RunSpec(_message.Message):
     DEGRADED_AFTER_S_FIELD_NUMBER: _builtins.int
     DATA_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     PROBE_FIELD_NUMBER: _builtins.int
+    ON_DAMAGE_FIELD_NUMBER: _builtins.int
+    SAMPLES_FOLDER_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     seed: _builtins.int
     lanes: _builtins.int
@@ -183,6 +185,10 @@ class RunSpec(_message.Message):
     tokenizer_sha256: _builtins.str
     degraded_after_s: _builtins.float
     data_timeout_s: _builtins.float
+    on_damage: _builtins.str
+    """skip_sample, quarantine_shard or stop; empty: skip_sample"""
+    samples_folder: _builtins.str
+    """of the maps of the shards' samples; empty: there are none"""
     @_builtins.property
     def domains(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -210,10 +216,12 @@ class RunSpec(_message.Message):
         degraded_after_s: _builtins.float = ...,
         data_timeout_s: _builtins.float = ...,
         probe: Global___ProbeSpec | None = ...,
+        on_damage: _builtins.str = ...,
+        samples_folder: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["probe", b"probe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_timeout_s", b"data_timeout_s", "degraded_after_s", b"degraded_after_s", "domains", b"domains", "eot_id", b"eot_id", "global_sequences", b"global_sequences", "index_sha256", b"index_sha256", "interleave", b"interleave", "lag", b"lag", "lanes", b"lanes", "num_steps", b"num_steps", "probe", b"probe", "run_id", b"run_id", "seed", b"seed", "sequence_length", b"sequence_length", "text_field", b"text_field", "tokenizer_sha256", b"tokenizer_sha256", "vocab_size", b"vocab_size", "window_samples", b"window_samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_timeout_s", b"data_timeout_s", "degraded_after_s", b"degraded_after_s", "domains", b"domains", "eot_id", b"eot_id", "global_sequences", b"global_sequences", "index_sha256", b"index_sha256", "interleave", b"interleave", "lag", b"lag", "lanes", b"lanes", "num_steps", b"num_steps", "on_damage", b"on_damage", "probe", b"probe", "run_id", b"run_id", "samples_folder", b"samples_folder", "seed", b"seed", "sequence_length", b"sequence_length", "text_field", b"text_field", "tokenizer_sha256", b"tokenizer_sha256", "vocab_size", b"vocab_size", "window_samples", b"window_samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -161,9 +161,11 @@ def test_a_shard_in_two_domains_is_refused(tmp_path: Path) -> None:
         _build({**domains, "code": domains["web"]})
 
 
-@pytest.mark.parametrize("url", ["pipe:cat x", "s3://bucket/x.tar", "http://host/x.tar"])
-def test_only_local_files_are_read(url: str) -> None:
-    with pytest.raises(ConfigError, match="only local paths and file: URLs are read"):
+@pytest.mark.parametrize("url", ["pipe:cat x", "ftp://host/x.tar", "data:x", "gopher://h/x.tar"])
+def test_only_known_schemes_are_read(url: str) -> None:
+    with pytest.raises(
+        ConfigError, match="read are local paths and file:, http:, https:, s3:, gs:"
+    ):
         _build({"web": [url]})
 
 

@@ -57,8 +57,16 @@ def test_members_of_a_key_that_follow_one_another_are_one_sample() -> None:
     assert [(sample.key, sample.document) for sample in found] == [
         ("a", "one"),
         ("b", "two"),
-        ("a", "three"),
+        ("a", None),  # a key names one sample of a shard
     ]
+
+
+def test_the_lines_of_a_jsonl_are_documents_of_one_sample() -> None:
+    lines = b'{"text": "one"}\n\n{"text": "two"}\n'
+    (found,) = _read([{"__key__": "a", "jsonl": lines}])
+    assert found.document == ("one", "two")
+    (torn,) = _read([{"__key__": "a", "jsonl": lines[:-4]}])
+    assert "its JSON cannot be parsed" in torn.reason
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,11 @@ def _index(folder: Path, *, num_shards: int = 3) -> DatasetIndex:
 def _converter(tokenize: _CountingTokenize | None, **changes: int) -> Converter:
     vocab_size = changes.get("vocab_size", 300)
     return Converter(
-        tokenize=tokenize, text_field="text", vocab_size=vocab_size, dtype=np.dtype("<u2")
+        tokenize=tokenize,
+        text_field="text",
+        vocab_size=vocab_size,
+        eot_id=201,
+        dtype=np.dtype("<u2"),
     )
 
 
@@ -352,6 +356,6 @@ def _ref(**changes: object) -> ShardRef:
     )
 
 
-def test_a_shard_whose_url_is_not_local_is_lost_with_a_reason(tmp_path: Path) -> None:
+def test_a_shard_whose_scheme_is_not_read_is_lost_with_a_reason(tmp_path: Path) -> None:
     with _cache(tmp_path / "c", None) as cache:
-        assert "only local paths" in cache.get(_ref(url="pipe:rm x")).lost
+        assert "has the scheme 'pipe'" in cache.get(_ref(url="pipe:rm x")).lost

@@ -109,9 +109,26 @@ def test_what_is_not_a_regular_file_is_refused_and_the_rest_is_read(kind: bytes,
     assert evil == f"sample 'evil': its member .txt is {what}; only regular files are read"
 
 
-def test_names_that_point_outside_are_only_names() -> None:
-    data = _archive(lambda archive: _add(archive, "../../etc/evil.txt", b"text"))
-    assert _documents(data) == ["one", "text", "two"]
+@pytest.mark.parametrize("name", ["../../etc/evil.txt", "a/../../evil.txt", "/etc/evil.txt"])
+def test_names_that_lead_elsewhere_are_refused_and_the_rest_is_read(name: str) -> None:
+    data = _archive(lambda archive: _add(archive, name, b"text"))
+    first, evil, last = _documents(data)
+    assert (first, last) == ("one", "two")
+    assert str(evil).endswith(f"its member {name!r} has a name that leads elsewhere")
+
+
+def test_a_key_that_comes_again_is_refused() -> None:
+    def add(archive: tarfile.TarFile) -> None:
+        _add(archive, "b.txt", b"x")
+        _add(archive, "first.txt", b"y")
+
+    data = _archive(add)
+    assert _documents(data) == [
+        "one",
+        "x",
+        "sample 'first': another sample of the shard has the same key",
+        "two",
+    ]
 
 
 def test_a_truncated_archive_is_damage_wherever_it_is_cut() -> None:
