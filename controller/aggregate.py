@@ -53,6 +53,7 @@ class Aggregator:
         self._spec = spec
         self._now = now
         self._pending: dict[Step, StepReports] = {}
+        self._newest: dict[Rank, Step] = {}
 
     def add(self, report: StepReport, *, sealed_through: int) -> bool:
         """Take a report in; return False if it was known already or comes too late.
@@ -64,6 +65,7 @@ class Aggregator:
         self._check(report, sealed_through)
         if report.step < self.next_step:
             return False
+        self._newest[report.rank] = max(self._newest.get(report.rank, report.step), report.step)
         reports = self._pending.get(report.step)
         if reports is None:
             reports = self._pending[report.step] = StepReports(first_heard_s=self._now())
@@ -77,6 +79,15 @@ class Aggregator:
         """Say whether every rank has reported the next step."""
         reports = self._pending.get(self.next_step)
         return reports is not None and len(reports.by_rank) == self.world_size
+
+    def is_passed(self) -> bool:
+        """Say whether every rank has reported a step after the next one.
+
+        A rank sends its reports in the order of the steps and drops those that it cannot send, so
+        what is missing of the next step then will never come.
+        """
+        newest = self._newest
+        return len(newest) == self.world_size and min(newest.values()) > self.next_step
 
     def waiting_since_s(self) -> float | None:
         """Return when the first report came of the next step or a later one; None: none has."""

@@ -141,7 +141,7 @@ class ControlLoop:
                 return False
             if group.is_complete():
                 await self._close(group)
-            elif self._is_overdue(group):
+            elif group.is_passed() or self._is_overdue(group):
                 await self._close_overdue(group)
             else:
                 return False
@@ -269,7 +269,7 @@ class ControlLoop:
         return self._hands.workers.needed_beyond(self.state.sealed_through, group.generation)
 
     async def _close_overdue(self, group: Aggregator) -> None:
-        """Go on without the reports that have not come."""
+        """Go on without the reports that have not come, or never will."""
         ends = [group.first_reported()]
         needed = self._needed(group)
         if needed is not None:
