@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/local
 
-.PHONY: install run test lint types imports generated wheel check clean
+.PHONY: install run test bench-loader lint types imports generated wheel check clean
 
 install: $(STAMP)
 
@@ -24,6 +24,17 @@ run: install
 # Everything but the tests marked `long`.
 test: install
 	$(BIN)/python -m pytest -m 'not long' $(ARGS)
+
+# The loaders that ours is measured beside, in an environment of their own.
+.venv-bench/.installed: tests/benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r tests/benchmarks/peers.txt
+	touch $@
+
+# Tokens a second and CPU time of our loader and five others, in turns, on the same work: some
+# minutes. Writes build/bench/loader.json.
+bench-loader: install .venv-bench/.installed
+	$(BIN)/python -m tests.benchmarks.bench_loader $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -44,7 +44,7 @@ def _for_ever(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
-# --- a hand-written memory map behind a DataLoader ---------------------------------------------
+# a hand-written memory map behind a DataLoader
 
 
 def prepare_memmap(data: Path) -> None:
@@ -85,7 +85,7 @@ def open_memmap(data: Path) -> Opened:
     )
 
 
-# --- litdata: optimize with TokensLoader, CombinedStreamingDataset --------------------------------
+# litdata: optimize with TokensLoader, CombinedStreamingDataset
 
 
 def _shard_tokens(place: tuple[int, int]) -> Iterator[torch.Tensor]:
@@ -137,7 +137,7 @@ def open_litdata(data: Path) -> Opened:
     return (batch for batch in _for_ever(loader) if len(batch[0]) == BATCH)
 
 
-# --- Grain: MapDataset over memory maps, mix, batch in one worker process --------------------------
+# Grain: MapDataset over memory maps, mix, batch in one worker process
 
 
 class _PackedSource:
@@ -179,7 +179,7 @@ def open_grain(data: Path) -> Opened:
     return ((torch.from_numpy(tokens), torch.from_numpy(d)) for tokens, d in iter(mixed))
 
 
-# --- webdataset: raw members, RandomMix, batched in the worker -------------------------------------
+# webdataset: raw members, RandomMix, batched in the worker
 
 
 def prepare_webdataset(data: Path) -> None:
@@ -207,8 +207,12 @@ def open_webdataset(data: Path) -> Opened:
         urls = [str(data / f"{domain}-{shard}.tar") for shard in range(NUM_SHARDS)]
         return (
             wds.WebDataset(
-                urls, shardshuffle=NUM_SHARDS, nodesplitter=None, workersplitter=None,
-                empty_check=False, seed=SEED,
+                urls,
+                shardshuffle=NUM_SHARDS,
+                nodesplitter=None,
+                workersplitter=None,
+                empty_check=False,
+                seed=SEED,
             )
             .shuffle(500)
             .map(partial(_decode, domain))
@@ -220,7 +224,7 @@ def open_webdataset(data: Path) -> Opened:
     return iter(wds.WebLoader(pipeline, batch_size=None, num_workers=1, prefetch_factor=8))
 
 
-# --- Mosaic Streaming: MDS with proportions -----------------------------------------------------------
+# Mosaic Streaming: MDS with proportions
 
 
 def _do_without_torchvision() -> None:
@@ -235,7 +239,8 @@ def _do_without_torchvision() -> None:
             del sys.modules[name]
         for name in ("torchvision", "torchvision.datasets", "torchvision.transforms.functional"):
             sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))
-        sys.modules["torchvision.datasets"].VisionDataset = object  # a base class over there
+        # A base class over there, so it must be a class.
+        setattr(sys.modules["torchvision.datasets"], "VisionDataset", object)  # noqa: B010
 
 
 def prepare_streaming(data: Path) -> None:

@@ -128,7 +128,8 @@ def _consume(batches: Sequences, seconds: float) -> tuple[int, NDArray[np.int64]
         tokens, domains = next(batches)
         # A token is looked at, so that nothing can be handed over unread.
         assert int(tokens[-1, -1]) < VOCAB_SIZE
-        assert tokens.shape[0] == BATCH and tokens.shape[1] >= SEQUENCE_LENGTH
+        assert tokens.shape[0] == BATCH
+        assert tokens.shape[1] >= SEQUENCE_LENGTH
         counts += torch.bincount(domains, minlength=NUM_DOMAINS)
         num_batches += 1
     return num_batches, counts.numpy()
