@@ -31,11 +31,12 @@ T = TypeVar("T")
 Store = S3Store | GCSStore | HTTPStore
 
 _GONE = (
+    FileNotFoundError,
     exceptions.NotFoundError,
     exceptions.NotSupportedError,
     exceptions.InvalidPathError,
 )
-_REFUSED = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
+_REFUSED = (PermissionError, exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,19 +146,20 @@ class Remote:
             "timeout": f"{int(self.settings.request_timeout_s * 1000)}ms",
             "connect_timeout": "5s",
             # Also keeps a redirect from leading away from an encrypted connection.
-            "allow_http": location.scheme == "http",
+            "allow_http": location.scheme == "http"
+            or (location.scheme == "s3" and _aws_endpoint().startswith("http:")),
         }
         # Trying again is ours alone: it has one budget, and is counted.
         retry: Any = {"max_retries": 0}
         try:
             if location.scheme == "s3":
-                options: Any = {**_aws_profile()}
-                del client["allow_http"]
+                options: Any = _aws_profile()
+                if _aws_endpoint():
+                    options["endpoint"] = _aws_endpoint()
                 return S3Store(
                     location.authority, client_options=client, retry_config=retry, **options
                 )
             if location.scheme == "gs":
-                del client["allow_http"]
                 return GCSStore(location.authority, client_options=client, retry_config=retry)
             base = f"{location.scheme}://{location.authority}"
             return HTTPStore.from_url(base, client_options=client, retry_config=retry)
@@ -205,6 +207,11 @@ class RemoteObject:
         if len(data) != end - start:
             raise _Short(f"{len(data)} bytes came, {end - start} were asked for")
         return data
+
+
+def _aws_endpoint() -> str:
+    """Return where S3 is, if the user's environment says: then it may be an unencrypted place."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
 def _aws_profile() -> dict[str, str]:
