@@ -1,0 +1,110 @@
+"""Damage is detected or harmless: a sample arrives as it was, or is left out and said to be."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from loader_workers.tar import BLOCK
+from tests.fakes_damage import ENDINGS, Sound, damage, make_sound, try_damage
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
+    return make_sound(tmp_path_factory.mktemp("sound"))
+
+
+def _content_end(sound: Sound) -> int:
+    return len(sound.data.rstrip(b"\0"))
+
+
+def test_every_cut_at_a_block_keeps_all_samples_before_it(sound: Sound) -> None:
+    before = -1
+    for end in range(0, _content_end(sound) + BLOCK, BLOCK):
+        arrived = len(sound.documents) - sound.check(sound.read(sound.data[:end]))
+        assert arrived >= before, "a longer shard gave fewer samples"
+        before = arrived
+    assert before == len(sound.documents)
+
+
+def test_every_cut_within_a_member_costs_what_is_cut_off(sound: Sound) -> None:
+    draw = random.Random(4)
+    for _ in range(60):
+        end = draw.randrange(_content_end(sound))
+        assert sound.check(sound.read(sound.data[:end])) >= 1
+
+
+def test_a_flipped_byte_costs_one_sample_at_most(sound: Sound) -> None:
+    draw = random.Random(5)
+    for _ in range(150):
+        at = draw.randrange(len(sound.data))
+        changed = bytearray(sound.data)
+        changed[at] ^= draw.randrange(1, 256)
+        found = sound.read(bytes(changed))
+        assert found.damaged
+        assert sound.check(found) <= 1
+
+
+def test_a_destroyed_header_costs_no_sample_whose_bytes_are_whole(sound: Sound) -> None:
+    changed = bytearray(sound.data)
+    changed[10 * BLOCK : 11 * BLOCK] = bytes(BLOCK)
+    assert sound.check(sound.read(bytes(changed))) <= 1
+
+
+@pytest.mark.parametrize("size", [BLOCK, 4 * BLOCK, 20_000])
+def test_a_hole_of_zeros_costs_what_it_covers(sound: Sound, size: int) -> None:
+    draw = random.Random(size)
+    for _ in range(20):
+        at = draw.randrange(_content_end(sound) - size)
+        found = sound.read(sound.data[:at] + bytes(size) + sound.data[at + size :])
+        assert found.damaged
+        assert sound.check(found) <= size // BLOCK + 2
+
+
+@pytest.mark.parametrize("more", [b"\0" * BLOCK, b"x" * 1000, b"\x80\x04cos\nsystem\n."])
+def test_a_shard_longer_than_its_index_gives_all_its_samples(sound: Sound, more: bytes) -> None:
+    found = sound.read(sound.data + more)
+    assert found.damaged
+    assert sound.check(found) == 0
+
+
+def test_without_maps_or_by_choice_a_damaged_shard_is_left_out_whole(sound: Sound) -> None:
+    changed = sound.data[:-20_000]
+    assert sound.read(changed, with_maps=False).lost
+    assert sound.read(changed, on_damage="quarantine_shard").lost
+    assert not sound.read(changed).lost
+
+
+def test_maps_that_are_damaged_are_not_trusted(tmp_path: Path) -> None:
+    sound = make_sound(tmp_path)
+    (maps,) = (tmp_path / "maps").rglob("*.samples")
+    whole = maps.read_bytes()
+    for at in range(0, len(whole), 37):
+        changed = bytearray(whole)
+        changed[at] ^= 255
+        maps.write_bytes(bytes(changed))
+        assert sound.read(sound.data[:-30_000]).lost
+    maps.write_bytes(whole[:-1])
+    assert sound.read(sound.data[:-30_000]).lost
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_random_damage_is_detected_or_harmless(ending: str) -> None:
+    detected, harmless = try_damage(7, 150, ending=ending)
+    assert detected > 75
+    assert detected + harmless >= 140
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("seed", range(10))
+def test_twenty_thousand_damages_are_detected_or_harmless(ending: str, seed: int) -> None:
+    try_damage(100 + seed, 670, ending=ending)
+
+
+def test_damage_changes_something() -> None:
+    draw = random.Random(1)
+    assert sum(damage(b"x" * 5000, draw) != b"x" * 5000 for _ in range(100)) > 80
