@@ -138,8 +138,10 @@ class Guard:
             return f"the policy proposed shares that are not finite: {shares.tolist()}"
         if (shares < 0).any():
             return f"the policy proposed negative shares: {shares.tolist()}"
-        if abs(shares.sum() - 1) > SUM_TOLERANCE:
-            return f"the policy proposed shares that add up to {shares.sum():.9g}"
+        with np.errstate(over="ignore"):  # finite shares may add up to infinity
+            total = shares.sum()
+        if abs(total - 1) > SUM_TOLERANCE:
+            return f"the policy proposed shares that add up to {total:.9g}"
         return ""
 
     def _bounds(self, delivered_epochs: Sequence[float] | None, reasons: list[str]) -> Bounds:
