@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+from loader_workers.source import WINDOW_BYTES
 from loader_workers.worker import WorkerSettings, run_worker
 from protos.errors import HeadraceError
 from protos.security import Security
@@ -23,6 +24,7 @@ def main() -> int:
     parser.add_argument("--controller", required=True, metavar="HOST:PORT")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="folder for token shards")
     parser.add_argument("--cache-bytes", type=int, default=10_000_000_000, metavar="N")
+    parser.add_argument("--window-bytes", type=int, default=WINDOW_BYTES, metavar="N")
     parser.add_argument("--threads", type=int, default=1, help="shards tokenized at once")
     parser.add_argument("--address", default="127.0.0.1:0", metavar="HOST:PORT")
     parser.add_argument("--advertise", default="", metavar="HOST", help="name that ranks use")
@@ -41,6 +43,7 @@ def main() -> int:
             controller=arguments.controller,
             cache_dir=arguments.cache,
             cache_bytes=arguments.cache_bytes,
+            window_bytes=arguments.window_bytes,
             threads=arguments.threads,
             address=arguments.address,
             advertise=arguments.advertise,

@@ -21,7 +21,7 @@ from loader_workers.cache import ShardCache
 from loader_workers.convert import Converter
 from loader_workers.service import LoaderService
 from loader_workers.session import ControllerSession, Inputs
-from loader_workers.source import WindowSource
+from loader_workers.source import WINDOW_BYTES, WindowSource
 from loader_workers.tokenize import make_tokenize
 from protos.client import ControlClient
 from protos.dataset_index import DatasetIndex
@@ -48,6 +48,9 @@ class WorkerSettings:
     """Where token shards are kept; None: `default_cache_dir()`."""
 
     cache_bytes: int = 10_000_000_000
+    window_bytes: int = WINDOW_BYTES
+    """Memory for the joined tokens of windows; those that find no room are gathered each time."""
+
     threads: int = 1
     """Shards tokenized at once."""
 
@@ -67,10 +70,10 @@ class WorkerSettings:
 
     def __post_init__(self) -> None:
         split_address(self.controller)
-        if self.threads < 1 or self.cache_bytes < 0:
+        if self.threads < 1 or self.cache_bytes < 0 or self.window_bytes < 0:
             raise ConfigError(
-                "workers.threads must be at least 1 and workers.cache_bytes not negative, got "
-                f"{self.threads} and {self.cache_bytes}"
+                "workers.threads must be at least 1, workers.cache_bytes and window_bytes not "
+                f"negative, got {self.threads}, {self.cache_bytes} and {self.window_bytes}"
             )
 
 
@@ -199,7 +202,9 @@ class Worker:
                 threads=self._settings.threads,
             )
         )
-        source = self._opened.enter_context(WindowSource(spec, index, cache))
+        source = self._opened.enter_context(
+            WindowSource(spec, index, cache, window_bytes=self._settings.window_bytes)
+        )
         self._service.configure(source)
         self._cache = cache
         logger.info("worker %s serves run %s at %s", self._worker_id, spec.run_id, self.endpoint)

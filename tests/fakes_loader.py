@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from loader_workers.cache import ShardCache
 from loader_workers.convert import Converter
-from loader_workers.source import WindowSource
+from loader_workers.source import WINDOW_BYTES, WindowSource
 from loader_workers.tokenize import Tokenize, make_tokenize
 from protos.apportion import apportion, no_carry
 from protos.dataset_index import DatasetIndex
@@ -145,7 +145,12 @@ def make_spec(index: DatasetIndex, tokenizer: bytes = b"", /, **changes: Any) ->
 
 @contextmanager
 def make_source(
-    spec: RunSpec, index: DatasetIndex, cache_dir: Path, *, tokenizer: bytes = b""
+    spec: RunSpec,
+    index: DatasetIndex,
+    cache_dir: Path,
+    *,
+    tokenizer: bytes = b"",
+    window_bytes: int = WINDOW_BYTES,
 ) -> Iterator[WindowSource]:
     """Open an index through a cache, as a worker does."""
     converter = Converter(
@@ -163,7 +168,7 @@ def make_source(
             converter=converter,
             tokenizer_sha256=spec.tokenizer_sha256,
         ) as cache,
-        WindowSource(spec, index, cache, threads=2) as source,
+        WindowSource(spec, index, cache, threads=2, window_bytes=window_bytes) as source,
     ):
         yield source
 
