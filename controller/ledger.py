@@ -15,6 +15,7 @@ from typing import Any
 
 from controller.ledger_schema import (
     CREATE,
+    CREATE_NEWEST,
     GENESIS,
     SCHEMA_VERSION,
     Entry,
@@ -24,6 +25,11 @@ from controller.ledger_schema import (
     row_hash,
 )
 from protos.errors import AlreadyServing, LedgerError
+
+CHECKED_AT_OPENING = 50_000
+"""Rows whose chain is checked when a ledger is opened to be written, from the last one back: so
+many that a run of a few thousand steps is checked whole, so few that a long one opens at once.
+`headrace verify` checks every row."""
 
 _COLUMNS = "seq, kind, step, time_s, body, data, prev_hash, hash"
 
@@ -70,7 +76,7 @@ class Ledger:
     """A ledger, open to be written. Calls block, and come from one thread at a time."""
 
     def __init__(self, path: Path, *, now: Callable[[], float] = time.time) -> None:
-        """Open or begin a ledger, and check every row of it.
+        """Open or begin a ledger, and check its last `CHECKED_AT_OPENING` rows.
 
         Raises:
             AlreadyServing: another process has it open.
@@ -82,7 +88,7 @@ class Ledger:
         self._database: sqlite3.Connection | None = None
         try:
             self._database = self._connect()
-            self._seq, self._hash = verify(self._database, path)
+            self._seq, self._hash = verify(self._database, path, last=CHECKED_AT_OPENING)
         except BaseException:
             self.close()
             raise
@@ -194,6 +200,8 @@ class Ledger:
                 f"the ledger {self.path} has schema version {version}, this program writes "
                 f"version {SCHEMA_VERSION}; use the program that wrote it, or another `out`"
             )
+        # Ledgers of before it was part of the schema get it here.
+        database.execute(CREATE_NEWEST)
 
 
 def read_rows(
@@ -258,8 +266,10 @@ def reading_ledger(path: Path) -> Iterator[sqlite3.Connection]:
         yield database
 
 
-def verify(database: sqlite3.Connection, path: Path) -> tuple[int, bytes]:
-    """Check the chain of all rows; return the number and the hash of the last one.
+def verify(
+    database: sqlite3.Connection, path: Path, *, last: int | None = None
+) -> tuple[int, bytes]:
+    """Check the chain of all rows, or of the `last` ones; return the last one's number and hash.
 
     Raises:
         LedgerError: a row is missing, was changed, or does not follow on the one before it.
@@ -267,7 +277,12 @@ def verify(database: sqlite3.Connection, path: Path) -> tuple[int, bytes]:
     remedy = "restore it from a copy, or give the run another `out`"
     expected, head = 0, GENESIS
     with _explained(f"the ledger {path} is damaged; {remedy}"):
-        for row in database.execute(f"SELECT {_COLUMNS} FROM ledger ORDER BY seq"):
+        if last is not None:
+            expected, head = _before_last(database, last)
+        rows = database.execute(
+            f"SELECT {_COLUMNS} FROM ledger WHERE seq > ? ORDER BY seq", (expected,)
+        )
+        for row in rows:
             seq, kind, step, time_s, body, data, prev_hash, stored = row
             expected += 1
             if seq != expected:
@@ -290,6 +305,14 @@ def verify(database: sqlite3.Connection, path: Path) -> tuple[int, bytes]:
             f"{noted[0] if noted else 'more'} rows; {remedy}"
         )
     return expected, head
+
+
+def _before_last(database: sqlite3.Connection, last: int) -> tuple[int, bytes]:
+    """Return number and hash of the row before the `last` ones; of none: 0 and `GENESIS`."""
+    found = database.execute(
+        "SELECT seq, hash FROM ledger WHERE seq = (SELECT max(seq) FROM ledger) - ?", (last,)
+    ).fetchone()
+    return found or (0, GENESIS)
 
 
 @contextlib.contextmanager

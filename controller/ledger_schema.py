@@ -43,6 +43,9 @@ CREATE TABLE head (id INTEGER PRIMARY KEY CHECK (id = 0), seq INTEGER NOT NULL, 
 INSERT INTO head VALUES (0, 0, zeroblob(32));
 """
 
+CREATE_NEWEST = "CREATE INDEX IF NOT EXISTS ledger_kind_seq ON ledger (kind, seq)"
+"""The newest rows of a kind, however many there are."""
+
 
 class Kind(enum.Enum):
     """What a row records."""
