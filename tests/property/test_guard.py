@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from controller.guard import Guard, GuardConfig
@@ -125,6 +125,7 @@ def test_shares_at_no_bound_keep_their_proportions(data: st.DataObject, num_doma
     proposal=st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=6),
     num_domains=st.integers(1, 5),
 )
+@example(proposal=[0.0, 1.7e308, 1.7e308], num_domains=3)
 def test_no_proposal_breaks_the_guard(proposal: list[float], num_domains: int) -> None:
     guard = Guard(GuardConfig(min_share=0.01, max_change=0.2), make_context(num_domains))
     held = Mixture.uniform(num_domains)
