@@ -18,6 +18,12 @@ from protos.dataset_index import DatasetIndex
 _FAULTY = 4
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+ProcessesOption = Annotated[
+    int, typer.Option(min=0, help="Processes to work in; 0: one a core, 1: this one alone.")
+]
+RayOption = Annotated[
+    str | None, typer.Option("--ray", help="Work on the Ray cluster at this address, or `auto`.")
+]
 
 
 @told
@@ -26,24 +32,29 @@ def pack(
     out: Annotated[Path, typer.Argument(help="Folder to make; must not be there yet.")],
     shard_mb: Annotated[float, typer.Option(help="Text in a shard, in MiB.")] = 64.0,
     text_field: Annotated[str, typer.Option(help="Field of a JSON line with the text.")] = "text",
+    processes: ProcessesOption = 0,
+    ray: RayOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Pack text into webdataset shards: OUT/domain/domain-000000.tar and so on.
 
     A domain of SRC is a folder of .txt files (a document each), a folder of .jsonl or .jsonl.zst
     files (a document a line), or one such file. Empty documents and exact duplicates are left out.
-    OUT gets its name when it is complete; nothing is overwritten.
+    OUT gets its name when it is complete; nothing is overwritten. Domains are packed in parallel;
+    on Ray, SRC and OUT must be folders that all of its machines share.
     """
     from deploy.pack import pack as pack_domains
-    from deploy.sources import find_domains, text_domains
+    from deploy.parallel import choose
+    from deploy.sources import Documents, find_domains, text_domains
 
-    domains = text_domains(find_domains(src), src)
-    documents = {domain.name: domain.documents(text_field=text_field) for domain in domains}
+    domains = text_domains(find_domains(src.absolute()), src)
+    documents = {domain.name: Documents(domain, text_field) for domain in domains}
     with stderr.status("packing") as status:
         packed = pack_domains(
             documents,
-            out,
+            out.absolute(),
             shard_mb=shard_mb,
+            mapper=choose(len(documents), processes=processes, ray_address=ray),
             progress=lambda name, num_documents, num_bytes: status.update(
                 f"packing {name}: {num_documents:,} documents, {num_bytes / 2**20:,.1f} MiB"
             ),
@@ -67,20 +78,25 @@ def index(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Read every shard again though there is an index.")
     ] = False,
+    processes: ProcessesOption = 0,
+    ray: RayOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Build the dataset index of a run: every shard read once, its samples counted and hashed.
 
     An index that is there already is kept, unless --rebuild: with another index the data has
-    another order, and a run that began with the old one cannot go on.
+    another order, and a run that began with the old one cannot go on. An indexing that was
+    interrupted goes on where it was. On Ray, local shards and the index's folder must be shared.
     """
     from deploy.dataset import ensure_index
+    from deploy.parallel import choose
 
     config = load_run_file(run_file)
     with stderr.status("indexing") as status:
         found = ensure_index(
             config,
             rebuild=rebuild,
+            mapper=choose(None, processes=processes, ray_address=ray),
             progress=lambda done, total: status.update(f"indexing: {done} of {total} shards"),
         )
     rows = {name: _domain_row(found, name) for name in found.domains}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from controller.config import RunConfig, run_spec
+from deploy.parallel import Mapper
 from loader_workers.index import Progress, build_index, write_index
 from loader_workers.reference import Reference
 from loader_workers.tokenize import Tokenize, make_tokenize
@@ -19,9 +20,15 @@ from protos.types import Lane
 
 
 def ensure_index(
-    config: RunConfig, *, rebuild: bool = False, progress: Progress | None = None
+    config: RunConfig,
+    *,
+    rebuild: bool = False,
+    progress: Progress | None = None,
+    mapper: Mapper | None = None,
 ) -> DatasetIndex:
     """Return the run's index; build it and keep it if there is none yet.
+
+    `mapper` reads shards in parallel; None: on a few threads.
 
     Raises:
         DataError: shards are missing or unreadable, or the index is not one.
@@ -37,6 +44,7 @@ def ensure_index(
         samples_folder=config.data.samples_folder,
         partial=path.with_suffix(".partial.jsonl"),
         progress=progress,
+        mapper=mapper,
     )
     write_index(index, path)
     return index

@@ -13,6 +13,7 @@ from pathlib import Path
 from webdataset.writer import TarWriter  # type: ignore[import-untyped]
 
 from deploy.documents import Document, Sieve
+from deploy.parallel import Mapper, in_turn
 from protos.errors import ConfigError, DataError
 
 MANIFEST = "pack.json"
@@ -40,6 +41,18 @@ class PackedDomain:
     """Documents left out: the same text came before."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainToPack:
+    """A domain, and how it is packed; goes to another process if a mapper takes it there."""
+
+    name: str
+    documents: Iterable[Document]
+    folder: Path
+    shard_bytes: int
+    min_characters: int
+    progress: Progress | None = None
+
+
 def pack(
     domains: Mapping[str, Iterable[Document]],
     out: Path,
@@ -47,10 +60,13 @@ def pack(
     shard_mb: float = DEFAULT_SHARD_MB,
     min_characters: int = 1,
     progress: Progress | None = None,
+    mapper: Mapper = in_turn,
 ) -> dict[str, PackedDomain]:
     """Write `out/domain/domain-000000.tar` and so on for every domain, and a manifest.
 
-    All is written into a folder beside `out`, which gets its name when it is complete.
+    All is written into a folder beside `out`, which gets its name when it is complete. `mapper`
+    may pack domains in parallel; the documents then go to other processes, and `progress` hears
+    of a domain when it is done.
 
     Raises:
         ConfigError: `out` is there already, or a broken-off packing left its folder behind.
@@ -60,22 +76,24 @@ def pack(
         raise ConfigError(f"--shard-mb must be above 0, got {shard_mb}")
     packed = {}
     with _folder_in_one_move(out) as partial:
-        for name, documents in domains.items():
-            packed[name] = _pack_domain(
-                name,
-                documents,
-                partial / name,
+        tasks = [
+            DomainToPack(
+                name=name,
+                documents=documents,
+                folder=partial / name,
                 shard_bytes=int(shard_mb * 2**20),
-                sieve=Sieve(min_characters=min_characters),
-                progress=progress or _say_nothing,
+                min_characters=min_characters,
+                progress=progress if mapper is in_turn else None,
             )
+            for name, documents in domains.items()
+        ]
+        for task, domain in zip(tasks, mapper(_pack_domain, tasks), strict=True):
+            packed[task.name] = domain
+            if progress is not None:
+                progress(task.name, domain.num_documents, domain.num_bytes)
         manifest = {name: asdict(domain) for name, domain in packed.items()}
         (partial / MANIFEST).write_text(json.dumps({"domains": manifest}, indent=2) + "\n")
     return packed
-
-
-def _say_nothing(domain: str, num_documents: int, num_bytes: int) -> None:
-    pass
 
 
 def partial_folder(out: Path) -> Path:
@@ -104,29 +122,22 @@ def _folder_in_one_move(out: Path) -> Iterator[Path]:
         raise
 
 
-def _pack_domain(
-    name: str,
-    documents: Iterable[Document],
-    folder: Path,
-    *,
-    shard_bytes: int,
-    sieve: Sieve,
-    progress: Progress,
-) -> PackedDomain:
-    folder.mkdir()
+def _pack_domain(task: DomainToPack) -> PackedDomain:
+    name, progress = task.name, task.progress
+    sieve = Sieve(min_characters=task.min_characters)
+    task.folder.mkdir(parents=True)
     num_documents = num_bytes = num_shards = 0
-    with _Shards(folder, name, shard_bytes) as shards:
-        for document in sieve.keep(documents):
+    with _Shards(task.folder, name, task.shard_bytes) as shards:
+        for document in sieve.keep(task.documents):
             text = document.text.encode()
             shards.write(f"{num_documents:09d}", text)
             num_documents += 1
             num_bytes += len(text)
-            if num_documents % _PROGRESS_EVERY == 0:
+            if progress is not None and num_documents % _PROGRESS_EVERY == 0:
                 progress(name, num_documents, num_bytes)
         num_shards = shards.num_shards
     if not num_documents:
         raise DataError(f"domain {name!r} has no document to pack")
-    progress(name, num_documents, num_bytes)
     return PackedDomain(
         num_documents=num_documents,
         num_bytes=num_bytes,

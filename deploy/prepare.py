@@ -17,7 +17,7 @@ from deploy.documents import Document
 from deploy.pack import pack, partial_folder
 from deploy.progress import Progress
 from deploy.runfile import RUN_FILE, RunOptions, Settings, check, compose, write_run_file
-from deploy.sources import ShardDomain, TextDomain, find_domains
+from deploy.sources import Documents, ShardDomain, TextDomain, find_domains
 from deploy.tokenizer import copy_tokenizer, train_tokenizer
 from protos.errors import ConfigError
 
@@ -156,21 +156,10 @@ class _Prepared:
     """To train a tokenizer on; empty if there is no text at hand."""
 
 
-class _Again:
-    """A domain's documents, read anew each time."""
-
-    def __init__(self, domain: TextDomain, text_field: str) -> None:
-        self._domain = domain
-        self._text_field = text_field
-
-    def __iter__(self) -> Any:
-        return self._domain.documents(text_field=self._text_field)
-
-
 def _from_folder(folder: Path, out: Path, text_field: str, progress: Progress) -> _Prepared:
     found = find_domains(folder)
     texts = {
-        name: _Again(domain, text_field)
+        name: Documents(domain, text_field)
         for name, domain in found.items()
         if isinstance(domain, TextDomain)
     }

@@ -5,7 +5,7 @@ What counts as a domain below DIR:
     DIR/domain/*.txt                   a file is a document
     DIR/domain/*.jsonl, *.jsonl.zst    a line is a document: an object with a text field
     DIR/domain.jsonl, DIR/domain.jsonl.zst
-    DIR/domain/*.tar                   webdataset shards, used as they are
+    DIR/domain/*.tar, *.tar.gz, *.tgz, *.tar.zst   webdataset shards, used as they are
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 import zstandard
 
 from deploy.documents import Document, in_parts
+from loader_workers.streams import ENDINGS as SHARD_ENDINGS
 from protos.errors import ConfigError, DataError
 
 _TEXT_ENDINGS = (".txt", ".jsonl", ".jsonl.zst")
@@ -45,6 +46,17 @@ class TextDomain:
         for path in self.files:
             for document in _read(path, text_field):
                 yield from in_parts(document)
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """The documents of a domain, read anew each time; goes to another process as it is."""
+
+    domain: TextDomain
+    text_field: str
+
+    def __iter__(self) -> Iterator[Document]:
+        return self.domain.documents(text_field=self.text_field)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +103,7 @@ def _domain_of(entry: Path) -> TextDomain | ShardDomain | None:
                 return TextDomain(entry.name.removesuffix(ending), (entry,))
         return None
     files = sorted(path for path in entry.iterdir() if path.is_file())
-    shards = tuple(path for path in files if path.suffix == ".tar")
+    shards = tuple(path for path in files if path.name.endswith(SHARD_ENDINGS))
     texts = tuple(path for path in files if path.name.endswith(_TEXT_ENDINGS))
     if shards and texts:
         raise ConfigError(
