@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/local
 
-.PHONY: install run test bench-loader lint types imports generated wheel check clean
+.PHONY: install run test bench-loader bench-worker lint types imports generated wheel check clean
 
 install: $(STAMP)
 
@@ -35,6 +35,10 @@ test: install
 # minutes. Writes build/bench/loader.json.
 bench-loader: install .venv-bench/.installed
 	$(BIN)/python -m tests.benchmarks.bench_loader $(ARGS)
+
+# Text tokenized on the way, and what a jump of the mixture costs. Writes build/bench/worker.json.
+bench-worker: install
+	$(BIN)/python -m tests.benchmarks.bench_worker
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -26,7 +26,7 @@ from controller.ledger_schema import (
 )
 from protos.errors import AlreadyServing, LedgerError
 
-CHECKED_AT_OPENING = 50_000
+CHECKED_AT_OPENING = 20_000
 """Rows whose chain is checked when a ledger is opened to be written, from the last one back: so
 many that a run of a few thousand steps is checked whole, so few that a long one opens at once.
 `headrace verify` checks every row."""

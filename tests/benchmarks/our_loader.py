@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -31,6 +32,8 @@ from tests.benchmarks.workload import BATCH, NUM_DOMAINS, NUM_SHARDS, SHARES
 
 _STEPS = 1 << 30
 _LAG = 256
+"""A static mixture needs no reports, so its plans may be sealed far ahead; an operator's override
+then takes effect so many steps later."""
 
 
 def prepare(data: Path) -> None:
@@ -55,31 +58,48 @@ def _write_shard(path: Path, domain: int, shard: int) -> None:
             tar.addfile(info, io.BytesIO(document.tobytes()))
 
 
-def run(data: Path, *, seconds: float, global_sequences: int) -> workload.Measured:
-    """Start controller and worker, consume, and stop them."""
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A controller with one loader worker."""
+
+    controller: str
+    names: Mapping[int, str]
+    """What the processes are, by process id."""
+
+
+@contextlib.contextmanager
+def serving(
+    data: Path,
+    *,
+    cache: Path,
+    global_sequences: int,
+    lag: int = _LAG,
+    shares: Sequence[float] = SHARES,
+) -> Iterator[Served]:
+    """Start a controller and a loader worker on the prepared shards; stop them at the end."""
     out = data / f"run-{global_sequences}"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    with contextlib.ExitStack() as stack:
-        controller, address = stack.enter_context(
-            _process(
-                ["-m", "controller", str(_run_file(data, out, global_sequences))],
-                out / "controller.log",
-            )
+    run_file = _run_file(data, out, global_sequences, lag=lag, shares=shares)
+    with (
+        _process(["-m", "controller", str(run_file)], out / "controller.log") as controller,
+        _process(
+            ["-m", "loader_workers", "--controller", controller[1], "--cache", str(cache)],
+            out / "worker.log",
+        ) as worker,
+    ):
+        yield Served(
+            controller=controller[1], names={controller[0]: "controller", worker[0]: "worker"}
         )
-        worker, _ = stack.enter_context(
-            _process(
-                ["-m", "loader_workers", "--controller", address, "--cache", str(data / "cache")],
-                out / "worker.log",
-            )
-        )
+
+
+def run(data: Path, *, seconds: float, global_sequences: int) -> workload.Measured:
+    """Start controller and worker, consume, and stop them."""
+    with serving(data, cache=data / "cache", global_sequences=global_sequences) as served:
         opened_at = time.perf_counter()
-        with trainer_client.connect(address, rank=0, world_size=1) as session:
+        with trainer_client.connect(served.controller, rank=0, world_size=1) as session:
             return workload.measure(
-                _batches(session),
-                opened_at=opened_at,
-                seconds=seconds,
-                names={worker: "worker", controller: "controller"},
+                _batches(session), opened_at=opened_at, seconds=seconds, names=served.names
             )
 
 
@@ -90,7 +110,14 @@ def _batches(session: trainer_client.Session) -> workload.Sequences:
             session.end_step()
 
 
-def _run_file(data: Path, out: Path, global_sequences: int) -> Path:
+def _run_file(
+    data: Path,
+    out: Path,
+    global_sequences: int,
+    *,
+    lag: int = _LAG,
+    shares: Sequence[float] = SHARES,
+) -> Path:
     path = out / "run.yaml"
     domains = [f"domain{domain}" for domain in range(NUM_DOMAINS)]
     document = {
@@ -112,8 +139,8 @@ def _run_file(data: Path, out: Path, global_sequences: int) -> Path:
             "sequence_length": workload.SEQUENCE_LENGTH,
             "lanes": 4,
         },
-        "policy": {"name": "static", "mixture": dict(zip(domains, SHARES, strict=True))},
-        "control": {"lag": _LAG},
+        "policy": {"name": "static", "mixture": dict(zip(domains, shares, strict=True))},
+        "control": {"lag": lag},
     }
     path.write_text(yaml.safe_dump(document))
     return path
