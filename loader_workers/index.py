@@ -31,6 +31,9 @@ Progress = Callable[[int, int], None]
 _TOKEN_BYTES = 4
 """A stored token id counts as so many bytes of text, about what one stands for."""
 
+_STAMPS_AT_ONCE = 16
+"""Shards looked up at once: a remote one takes a round trip."""
+
 FORMAT_VERSION = 1
 """Raise it when the same shard must be indexed otherwise: work half done does not count then."""
 
@@ -125,7 +128,9 @@ def _scan_all(
     mapper: Mapper,
     progress: Progress | None,
 ) -> list[ScannedShard]:
-    stamps = {(item.domain, item.url): _stamp(item.url) for item in items}
+    with ThreadPoolExecutor(_STAMPS_AT_ONCE, thread_name_prefix="stamp") as pool:
+        found = pool.map(_stamp, (item.url for item in items))
+        stamps = {(item.domain, item.url): stamp for item, stamp in zip(items, found, strict=True)}
     known = {key: done.find(*key, stamp) for key, stamp in stamps.items()}
     missing = [item for item in items if known[item.domain, item.url] is None]
     num_done = len(items) - len(missing)
@@ -139,7 +144,7 @@ def _scan_all(
         num_done += 1
         if progress is not None:
             progress(num_done, len(items))
-    return [found for found in known.values() if found is not None]
+    return [result for result in known.values() if result is not None]
 
 
 def _stamp(url: str) -> str:

@@ -58,6 +58,8 @@ SPEC = RunSpec(
     tokenizer_sha256="cd",
     degraded_after_s=1.5,
     data_timeout_s=90.0,
+    on_damage="quarantine_shard",
+    samples_folder="/runs/é.samples",
     probe=ProbeSpec(layers=("a.*", "b"), seed=3),
 )
 MIXTURE = Mixture.from_shares([1, 2])

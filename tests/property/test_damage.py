@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from loader_workers.cache import ShardCache
+from loader_workers.convert import Documents
 from loader_workers.tar import BLOCK
-from tests.fakes_damage import ENDINGS, Sound, damage, make_sound, try_damage
+from tests.fakes_damage import ENDINGS, Sound, cut_documents, damage, make_sound, try_damage
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,32 @@ def test_without_maps_or_by_choice_a_damaged_shard_is_left_out_whole(sound: Soun
     assert sound.read(changed, with_maps=False).lost
     assert sound.read(changed, on_damage="quarantine_shard").lost
     assert not sound.read(changed).lost
+
+
+def test_what_is_left_of_a_damaged_shard_is_counted_and_not_kept_for_a_mended_one(
+    tmp_path: Path,
+) -> None:
+    sound = make_sound(tmp_path)
+    path = Path(sound.ref.url)
+
+    def through_cache(data: bytes) -> tuple[Documents, list[int]]:
+        path.write_bytes(data)
+        with ShardCache(
+            tmp_path / "cache",
+            budget_bytes=1 << 30,
+            converter=sound.converter(),
+            tokenizer_sha256="words",
+        ) as cache:
+            got = cache.get(sound.ref)
+            left_out = [item.sample for item in cache.quarantines()]
+            return Documents(offsets=got.offsets.view("<u8"), tokens=got.tokens.copy()), left_out
+
+    cut, left_out = through_cache(sound.data[:-30_000])
+    assert 0 < len(left_out) < len(sound.documents)
+    assert left_out == [n for n, tokens in enumerate(cut_documents(cut)) if not tokens]
+    mended, left_out = through_cache(sound.data)
+    assert left_out == []
+    assert cut_documents(mended) == sound.documents
 
 
 def test_maps_that_are_damaged_are_not_trusted(tmp_path: Path) -> None:
