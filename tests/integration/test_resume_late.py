@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +19,19 @@ from protos.types import Cursors, Generation, Step
 from tests.fakes_controller import bench, places_after, resume_at, small_run
 
 _AT_ONCE = 20_000
+_SNAPSHOT_EVERY = 100
 
 
-def _entries(step: int, cursors: Cursors, body: dict[str, object]) -> Iterator[Entry]:
+def _entries(
+    step: int, cursors: Cursors, body: dict[str, object], snapshot: Path
+) -> Iterator[Entry]:
     """Yield what the controller writes of one step of a run under one plan."""
     yield Entry(kind=Kind.STEP, step=step, body=body)
     yield cursors_entry(Step(step), cursors, Generation(1))
     carry = np.zeros(3, np.int64) if crosses_carry_snapshot(step + 1, step + 2) else None
     yield seal_entry(step + 2, observed_through=step, carry_after=carry)
+    if (step + 1) % _SNAPSHOT_EVERY == 0:
+        yield Entry(kind=Kind.SNAPSHOT, step=step, body={"path": str(snapshot)})
 
 
 def _grow(config: RunConfig, cursors: Cursors, first: int, end: int) -> None:
@@ -33,12 +39,16 @@ def _grow(config: RunConfig, cursors: Cursors, first: int, end: int) -> None:
     with Ledger(config.ledger_path) as ledger:
         row = ledger.newest(Kind.STEP)
         assert row is not None
-        body = {**row.body, "to_policy": False}
+        saved = ledger.newest(Kind.SNAPSHOT)
+        assert saved is not None
+        snapshot = Path(saved.body["path"])
         for start in range(first, end, _AT_ONCE):
             entries: list[Entry] = []
             for step in range(start, min(start + _AT_ONCE, end)):
-                entries += _entries(step, cursors, body)
+                entries += _entries(step, cursors, dict(row.body), snapshot)
             ledger.commit(entries)
+    # Else the first commit after it waits until more than a gigabyte has reached the disk.
+    os.sync()
 
 
 async def _resumed_within(config: RunConfig, step: int) -> float:
@@ -59,6 +69,7 @@ async def _run_from_the_start(config: RunConfig, num_steps: int) -> Cursors:
         await controller.join_all(1)
         for step in range(num_steps):
             await controller.report_step(step)
+        await controller.loop.snapshot()
         return places_after(num_steps, controller.spec)
 
 
