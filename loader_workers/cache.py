@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 """Part of every key: raise it when the same shard must give other tokens or another file."""
 
+_LOOKS_A_BUDGET = 64
+"""How often the folder is looked at while as much as its budget is built."""
+
 
 class ShardCache:
     """Token shards by shard, built on a few threads, on disk within a budget of bytes.
@@ -69,6 +72,7 @@ class ShardCache:
         self._quarantines: dict[tuple[str, str, int], Quarantine] = {}
         self._pool: BuildPool[TokenShard] = BuildPool(threads=threads)
         self._remove_leftovers()
+        self._num_unseen = 0
         self._num_bytes = sum(size for _, size, _ in self._files())
 
     def get(self, shard: ShardRef, distance: int = NOW) -> TokenShard:
@@ -178,7 +182,7 @@ class ShardCache:
             if key not in self._open:
                 self._kept[key] = built
         self._note(shard, built)
-        self._evict()
+        self._evict(built.tokens.nbytes + built.offsets.nbytes)
         return built
 
     @contextlib.contextmanager
@@ -210,7 +214,18 @@ class ShardCache:
                 files.append((status.st_atime_ns, status.st_size, path))
         return sorted(files)
 
-    def _evict(self) -> None:
+    def _evict(self, num_added: int) -> None:
+        with self._lock:
+            self._num_bytes += num_added
+            self._num_unseen += num_added
+            # Looking at every file costs more than building one; others may have built as well,
+            # so the folder is looked at now and then all the same.
+            due = self._num_bytes > self._budget_bytes or (
+                self._num_unseen > self._budget_bytes // _LOOKS_A_BUDGET
+            )
+            if not due:
+                return
+            self._num_unseen = 0
         with (self._locks / "evict").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             files = self._files()
