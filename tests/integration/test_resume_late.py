@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +22,15 @@ _SNAPSHOT_EVERY = 100
 
 
 def _entries(
-    step: int, cursors: Cursors, body: dict[str, object], snapshot: Path
+    step: int,
+    cursors: Cursors,
+    body: dict[str, object],
+    snapshot: Path,
+    generation: Generation,
 ) -> Iterator[Entry]:
     """Yield what the controller writes of one step of a run under one plan."""
     yield Entry(kind=Kind.STEP, step=step, body=body)
-    yield cursors_entry(Step(step), cursors, Generation(1))
+    yield cursors_entry(Step(step), cursors, generation)
     carry = np.zeros(3, np.int64) if crosses_carry_snapshot(step + 1, step + 2) else None
     yield seal_entry(step + 2, observed_through=step, carry_after=carry)
     if (step + 1) % _SNAPSHOT_EVERY == 0:
@@ -42,13 +45,15 @@ def _grow(config: RunConfig, cursors: Cursors, first: int, end: int) -> None:
         saved = ledger.newest(Kind.SNAPSHOT)
         assert saved is not None
         snapshot = Path(saved.body["path"])
+        begun = ledger.newest(Kind.GENERATION)
+        assert begun is not None
+        generation = Generation(begun.body["generation"])
+        body = {**row.body, "generation": generation}
         for start in range(first, end, _AT_ONCE):
             entries: list[Entry] = []
             for step in range(start, min(start + _AT_ONCE, end)):
-                entries += _entries(step, cursors, dict(row.body), snapshot)
+                entries += _entries(step, cursors, body, snapshot, generation)
             ledger.commit(entries)
-    # Else the first commit after it waits until more than a gigabyte has reached the disk.
-    os.sync()
 
 
 async def _resumed_within(config: RunConfig, step: int) -> float:
