@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/local
 
-.PHONY: install run test bench-loader bench-worker lint types imports generated wheel check clean
+.PHONY: install run test test-long bench-loader bench-worker lint types imports generated wheel check clean
 
 install: $(STAMP)
 
@@ -24,6 +24,10 @@ run: install
 # Everything but the tests marked `long`.
 test: install
 	$(BIN)/python -m pytest -m 'not long' $(ARGS)
+
+# The tests that take minutes, with what they print.
+test-long: install
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 # The loaders that ours is measured beside, in an environment of their own.
 .venv-bench/.installed: tests/benchmarks/peers.txt
