@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
 SKIP_SAMPLE = "skip_sample"
 QUARANTINE_SHARD = "quarantine_shard"
 STOP = "stop"
