@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from controller.config_errors import first_sentence
 from controller.guard import GuardConfig
 from controller.policy.base import Statistic
-from controller.policy.config import PolicyConfig
+from controller.policy.config import PolicyConfig, ScheduleConfig
 from protos.apportion import MAX_GLOBAL_SEQUENCES
 from protos.dataset_index import DatasetIndex
 from protos.errors import ConfigError, DomainEmpty, IndexMismatch
@@ -178,6 +178,18 @@ class RunConfig(Section):
             check_bind(self.address, self.wire_security)
         except ConfigError as error:
             raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_is_in_time(self) -> RunConfig:
+        lag = self.control.lag
+        if isinstance(self.policy, ScheduleConfig):
+            for point in self.policy.points:
+                if 0 < point.step < lag:
+                    raise ValueError(
+                        f"a schedule's points after step 0 must be at control.lag = {lag} or later "
+                        f"(the steps before are sealed when the run begins), got {point.step}"
+                    )
         return self
 
     @property

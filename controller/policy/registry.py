@@ -13,10 +13,9 @@ from controller.policy.config import (
     StaticConfig,
     UniformConfig,
 )
-from controller.policy.fixed import FixedPolicy, fixed_shares
 from controller.policy.mixtures import resolve
 from controller.policy.odm import OdmPolicy
-from controller.policy.schedule import SchedulePolicy
+from controller.policy.planned import PlannedPolicy, first_shares
 
 
 def make_policy(config: PolicyConfig, context: PolicyContext) -> Policy:
@@ -27,10 +26,8 @@ def make_policy(config: PolicyConfig, context: PolicyContext) -> Policy:
         ConfigError: the settings do not fit the run's domains.
     """
     match config:
-        case StaticConfig() | NaturalConfig() | UniformConfig():
-            return FixedPolicy(config, context)
-        case ScheduleConfig():
-            return SchedulePolicy(config, context)
+        case StaticConfig() | NaturalConfig() | UniformConfig() | ScheduleConfig():
+            return PlannedPolicy(config, context)
         case OdmConfig():
             return OdmPolicy(config, context)
         case AcodmConfig():
@@ -50,10 +47,8 @@ def initial_mixture(config: PolicyConfig, context: PolicyContext) -> tuple[float
         ConfigError: the settings do not fit the run's domains.
     """
     match config:
-        case StaticConfig() | NaturalConfig() | UniformConfig():
-            return fixed_shares(config, context)
-        case ScheduleConfig():
-            return resolve(config.points[0].mixture, context)
+        case StaticConfig() | NaturalConfig() | UniformConfig() | ScheduleConfig():
+            return first_shares(config, context)
         case OdmConfig():
             return resolve(config.initial, context)
         case AcodmConfig():

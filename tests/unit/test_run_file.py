@@ -93,6 +93,15 @@ def test_what_is_wrong_in_a_run_file_is_said_in_one_sentence(
     assert "\n" not in sentence
 
 
+def test_a_schedule_that_would_begin_too_late_is_refused(tmp_path: Path) -> None:
+    points = [{"step": step, "mixture": {DOMAINS[0]: 1.0}} for step in (0, 2)]
+    document = _with(tmp_path, "policy", {"name": "schedule", "points": points})
+    _load(tmp_path, document)
+    document["control"] = {"lag": 3}
+    with pytest.raises(ConfigError, match=r"control\.lag = 3 or later .* got 2"):
+        _load(tmp_path, document)
+
+
 def test_an_address_beyond_this_machine_may_be_asked_for(tmp_path: Path) -> None:
     document = _with(tmp_path, "address", "0.0.0.0:7700")
     document["security"] = {"insecure": True}
