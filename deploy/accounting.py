@@ -18,7 +18,7 @@ from protos.types import Plan, Step
 Place = tuple[int, int, int]
 """Epoch, window and sequence."""
 
-_MAX_FAULTS_NAMED = 20
+MAX_FAULTS_NAMED = 20
 
 
 class ExpectedOrder(Protocol):
@@ -63,7 +63,7 @@ class Account:
 
     def note(self, fault: str) -> None:
         """Keep a fault's description, if there are few."""
-        if len(self.faults) < _MAX_FAULTS_NAMED:
+        if len(self.faults) < MAX_FAULTS_NAMED:
             self.faults.append(fault)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from controller.config import RunConfig, load_run_file
-from deploy.accounting import Account, Obedience, account_for, check_plans
-from deploy.dataset import ShardOrder, open_dataset
+from deploy.accounting import MAX_FAULTS_NAMED, Account, Obedience, account_for, check_plans
+from deploy.dataset import open_dataset
+from deploy.epochs import EpochAccount, ShardContents, account_for_epochs
 from deploy.history import History, read_deliveries, trained_history, write_digests
 from deploy.record import LEDGER, RunRecord, read_record
 from deploy.runfile import RUN_FILE
@@ -37,11 +39,14 @@ class Findings:
     history: History
     account: Account
     obedience: Obedience
+    epochs: Sequence[EpochAccount]
+    """The complete ones."""
 
     @property
     def clean(self) -> bool:
         """Everything was delivered once, as it should be, and as planned."""
-        return self.account.clean and self.obedience.plans_obeyed
+        exact = all(epoch.exact for epoch in self.epochs)
+        return self.account.clean and self.obedience.plans_obeyed and exact
 
 
 def examine(out: Path) -> Findings:
@@ -57,17 +62,19 @@ def examine(out: Path) -> Findings:
     history = trained_history(
         read_deliveries(out / RECEIVED, spec.domains), global_sequences=spec.global_sequences
     )
+    contents = ShardContents(dataset)
     return Findings(
         config=config,
         record=record,
         history=history,
-        account=account_for(history, ShardOrder(dataset)),
+        account=account_for(history, contents),
         obedience=check_plans(
             history,
             record.plans,
             domains=spec.domains,
             global_sequences=spec.global_sequences,
         ),
+        epochs=account_for_epochs(history, contents),
     )
 
 
@@ -112,18 +119,21 @@ def make_report(
 def checks(findings: Findings) -> dict[str, Any]:
     """Return the outcome of the accounting, as in report.json."""
     account, obedience = findings.account, findings.obedience
+    inexact = [epoch.fault() for epoch in findings.epochs if not epoch.exact]
     return {
         "sequences": account.num_sequences,
         "lost": account.lost,
         "duplicated": account.duplicated,
         "mismatched": account.mismatched,
         "misordered": account.misordered,
+        "complete_epochs": dict(Counter(epoch.domain for epoch in findings.epochs)),
+        "inexact_epochs": len(inexact),
         "superseded": findings.history.num_superseded,
         "unfinished_steps": len(findings.history.unfinished_steps),
         "max_share_error_sequences": obedience.max_share_error_sequences,
         "plans_obeyed": obedience.plans_obeyed,
         "disobeyed_steps": list(obedience.disobeyed_steps),
-        "faults": account.faults,
+        "faults": account.faults + inexact[:MAX_FAULTS_NAMED],
     }
 
 
@@ -220,6 +230,7 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
         f"of {report['sequences']:,} sequences lost {report['lost']}, duplicated "
         f"{report['duplicated']}, mismatched {report['mismatched']}, misordered "
         f"{report['misordered']}; quarantined {report['quarantined']}",
+        _epochs_line(report),
         f"decisions {_number(decision.get('p50'), '.1f')} ms (p99 "
         f"{_number(decision.get('p99'), '.1f')} ms), obeyed after "
         f"{report['mixture_lag_steps']} steps; data wait "
@@ -228,6 +239,14 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
         f"{report['degraded_steps']}",
         *(f"  {fault}" for fault in report["faults"]),
     ]
+
+
+def _epochs_line(report: Mapping[str, Any]) -> str:
+    complete = sum(report["complete_epochs"].values())
+    if not complete:
+        return "no domain's epoch was completed"
+    exact = complete - report["inexact_epochs"]
+    return f"of {complete} completed epochs {exact} delivered every token of the index once"
 
 
 def _number(value: float | None, form: str) -> str:

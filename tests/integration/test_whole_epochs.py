@@ -1,0 +1,56 @@
+"""Domains that are run through several times: each epoch delivers the index, token for token."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from deploy.report import checks, examine
+from tests.fakes_consumer import DOMAINS, consumed_run, write_corpus, write_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+NUM_STEPS = 120
+
+
+def _lengths(folder: Path) -> list[int]:
+    """Return the numbers of tokens of a domain's documents, the empty ones aside."""
+    sizes = []
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            sizes += [member.size // 4 for member in tar.getmembers()]
+    return [size for size in sizes if size]
+
+
+def _flip_a_byte(path: Path) -> int:
+    """Damage a document; return how many tokens it has."""
+    with tarfile.open(path) as tar:
+        member = next(member for member in tar.getmembers() if member.size == 80)
+    content = bytearray(path.read_bytes())
+    content[member.offset_data + 41] ^= 1
+    path.write_bytes(content)
+    return member.size // 4
+
+
+def test_every_whole_epoch_is_the_index_less_the_quarantine_token_for_token(tmp_path: Path) -> None:
+    patterns = write_corpus(tmp_path / "data")
+    lengths = {name: _lengths(tmp_path / "data" / name) for name in DOMAINS}
+    run_file = write_run(tmp_path / "out", patterns, steps=NUM_STEPS, data={"max_bad_share": 0.1})
+    lengths["code"].remove(_flip_a_byte(tmp_path / "data" / "code" / "0001.tar"))
+    with consumed_run(run_file, num_workers=2) as run:
+        run.consume(3, until=NUM_STEPS)
+    findings = examine(tmp_path / "out")
+    assert findings.clean, checks(findings)["faults"]
+    assert [q.domain for q in findings.record.quarantines] == ["code"]
+    assert min(checks(findings)["complete_epochs"][name] for name in DOMAINS) >= 3
+    for epoch in findings.epochs:
+        expected = lengths[epoch.domain]
+        assert (epoch.num_documents, epoch.num_tokens) == (len(expected), sum(expected))
+        assert epoch.tokens_delivered == sum(expected)
+    ends = {
+        (one.domain, one.lane): one.step for one in findings.history.deliveries if one.epoch == 1
+    }
+    for name in DOMAINS:
+        assert len({step for (domain, _), step in ends.items() if domain == name}) > 1
