@@ -83,8 +83,11 @@ class ControlLoop:
     @property
     def first_free_step(self) -> Step:
         """The first step whose plan can still be changed."""
-        composed = self._hands.workers.composed_through(self.state.generation)
-        return Step(max(self.state.sealed_through, composed) + 1)
+        state = self.state
+        composed = self._hands.workers.composed_through(state.generation)
+        # Before the first generation nothing is sealed, but its first steps have their plan.
+        next_sealed = state.observed_through + state.spec.lag
+        return Step(max(state.sealed_through, next_sealed, composed) + 1)
 
     def stir(self) -> None:
         """Have the loop look again at whether there is something to do."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+import logging
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from controller.bad_share import BadShare
 from controller.joining import Joining
@@ -36,6 +38,10 @@ from protos.types import (
     StepReport,
     WorkerBeat,
 )
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 """How often workers hear that the controller is alive."""
@@ -91,6 +97,8 @@ class Service:
         self._bad_share = bad_share
         self._joining = Joining(loop, workers)
         self._streams: dict[str, object] = {}
+        self._watching: dict[str, object] = {}
+        self._working: set[asyncio.Task[Any]] = set()
         self._stopping = asyncio.Event()
         self._failure: HeadraceError | None = bad_share.add(workers.quarantines)
 
@@ -134,16 +142,20 @@ class Service:
         """See `ControlService.watch_plans`."""
         told: Told | None = None
         changed = self._loop.changed
+        stream = self._watching[worker_id] = object()
         try:
             while not self._stopping.is_set():
                 seen = changed.count
                 event, told = self._loop.state.next_event(told)
                 yield event
-                if event.reset:
+                if event.reset and self._watching.get(worker_id) is stream:
                     self._workers.told_plans(worker_id)
                 await changed.wait_beyond(seen, BEAT_S)
         finally:
-            self._workers.tells_no_more(worker_id)
+            # A worker that has opened a newer stream has heard the plans over that one.
+            if self._watching.get(worker_id) is stream:
+                del self._watching[worker_id]
+                self._workers.tells_no_more(worker_id)
 
     async def enlist(
         self, beats: AsyncIterator[WorkerBeat]
@@ -277,20 +289,37 @@ class Service:
             mixture = Mixture.from_shares([shares.get(name, 0.0) for name in domains])
         except ValueError as error:
             raise InvalidMessage(str(error)) from None
-        return await self._loop.steer(override=mixture, frozen=False)
+        return await self._to_the_end(self._loop.steer(override=mixture, frozen=False))
 
     async def freeze(self) -> None:
         """See `AdminService.freeze`."""
-        await self._loop.steer(override=self._loop.steering.override, frozen=True)
+        override = self._loop.steering.override
+        await self._to_the_end(self._loop.steer(override=override, frozen=True))
 
     async def resume(self) -> None:
         """See `AdminService.resume`."""
-        await self._loop.steer(override=None, frozen=False)
+        await self._to_the_end(self._loop.steer(override=None, frozen=False))
 
     async def snapshot_policy(self) -> str:
         """See `AdminService.snapshot_policy`."""
-        return await self._loop.snapshot()
+        return await self._to_the_end(self._loop.snapshot())
 
     async def drain(self) -> None:
         """See `AdminService.drain`."""
-        await self._loop.drain()
+        await self._to_the_end(self._loop.drain())
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do `work` even if whoever asked waits no longer.
+
+        A call ends with its deadline; a decision that ended there would be in the ledger and
+        nowhere else.
+        """
+        task = asyncio.create_task(work)
+        self._working.add(task)
+        task.add_done_callback(self._worked)
+        return await asyncio.shield(task)
+
+    def _worked(self, task: asyncio.Task[Any]) -> None:
+        self._working.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.debug("what an operator asked for failed: %s", error)

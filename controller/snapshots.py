@@ -29,6 +29,9 @@ class Snapshots:
         """
         path = self.path_after(step)
         try:
+            # A controller that was killed while it saved has left a part of a file.
+            for part in self._folder.glob(".after-*.tmp"):
+                part.unlink(missing_ok=True)
             save(path)
             kept = sorted(self._folder.glob("after-*-steps.safetensors"))
             for old in kept[:-NUM_KEPT]:

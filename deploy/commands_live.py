@@ -20,6 +20,8 @@ from protos.errors import ConfigError
 from protos.status import RunStatus
 
 _TIMEOUT_S = 5.0
+_WORK_TIMEOUT_S = 60.0
+"""For what has the controller save the policy's state, or close all steps that are reported."""
 
 Address = Annotated[str, typer.Argument(help="HOST:PORT of the controller.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
@@ -157,14 +159,14 @@ def resume(address: Address) -> None:
 def snapshot(address: Address) -> None:
     """Save the policy's state on the controller's machine; print the path."""
     with _admin(address) as admin:
-        print(admin.snapshot_policy(timeout_s=_TIMEOUT_S))
+        print(admin.snapshot_policy(timeout_s=_WORK_TIMEOUT_S))
 
 
 @told
 def drain(address: Address) -> None:
     """Tell controller and workers that the run is over: no more decisions."""
     with _admin(address) as admin:
-        admin.drain(timeout_s=_TIMEOUT_S)
+        admin.drain(timeout_s=_WORK_TIMEOUT_S)
     print("drained")
 
 
