@@ -99,9 +99,7 @@ def join(control: ControlClient, wanted: Wanted, resume: Resume | None) -> Membe
         )
 
     try:
-        answer = until_answered(
-            ask, budget_s=wanted.timeout_s, retry=Retry(max_wait_s=3.0), wait=time.sleep
-        )
+        answer = until_answered(ask, budget_s=wanted.timeout_s, retry=_RETRY, wait=time.sleep)
     except ControllerUnreachable as error:
         raise ControllerUnreachable(
             f"cannot reach the controller at {control.address} after {wanted.timeout_s:g} s: start "

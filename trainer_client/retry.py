@@ -26,7 +26,7 @@ def until_answered(
         call: gets the seconds that are left; may be repeated.
         budget_s: seconds for all tries together; the first try is always made.
         retry: how long to wait between tries.
-        wait: waits so many seconds, or less if nobody wants the answer any more.
+        wait: waits so many seconds, or less and returns True if nobody wants the answer any more.
         now: seconds, growing.
 
     Raises:
@@ -41,6 +41,5 @@ def until_answered(
         except Retryable:
             num_tries += 1
             wait_s = retry.wait_s(num_tries)
-            if now() + wait_s >= deadline:
+            if now() + wait_s >= deadline or wait(wait_s):
                 raise
-            wait(wait_s)

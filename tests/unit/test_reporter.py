@@ -176,3 +176,20 @@ def test_closing_ends_the_thread_and_counts_what_is_left(
         reporter._thread.join(5)
         assert not reporter._thread.is_alive()
         reporter.close()
+
+
+def test_closing_ends_the_tries_of_a_report_that_nobody_answers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    controller = Controller()
+    controller.errors = [ControllerUnreachable("down")] * 1_000_000
+    slow = Retry(first_wait_s=30.0, max_wait_s=30.0)
+    with caplog.at_level(logging.WARNING):
+        reporter = Reporter(controller.report, budget_s=600.0, retry=slow)
+        reporter.offer(pending(0))
+        assert controller.asked.wait(5)
+        reporter.close(timeout_s=0.01)
+        reporter._thread.join(5)
+        assert not reporter._thread.is_alive()
+        assert reporter.num_dropped == 1
+        assert len(controller.errors) >= 1_000_000 - 2
