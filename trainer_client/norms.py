@@ -22,7 +22,9 @@ class WeightNorms:
 
     def __init__(self, layers: Sequence[nn.Linear], *, seed: int) -> None:
         self._layers = list(dict.fromkeys(layers))
-        self._positions = torch.tensor([self._layers.index(layer) for layer in layers])
+        positions = torch.tensor([self._layers.index(layer) for layer in layers])
+        # On the device from the start: to bring it there in a step would make that step wait.
+        self._positions = positions.to(layers[0].weight.device)
         self._projections = [_projections(layer, seed=seed) for layer in self._layers]
         self._before: list[torch.Tensor] | None = None
 
@@ -43,7 +45,7 @@ class WeightNorms:
         moved = torch.stack([(new - old).norm() for new, old in zip(after, before, strict=True)])
         norms = torch.stack([layer.weight.detach().float().norm() for layer in self._layers])
         self._before = after
-        return HostCopy(torch.stack((norms, moved))[:, self._positions.to(norms.device)])
+        return HostCopy(torch.stack((norms, moved))[:, self._positions])
 
     def _sketches(self) -> list[torch.Tensor]:
         return [
