@@ -59,6 +59,17 @@ class Prepared:
     bad_share: BadShare
 
 
+def check_first(config: RunConfig) -> None:
+    """Check what takes a moment, before hours go into an index that a typing error makes useless.
+
+    Raises:
+        AlreadyServing: the port is taken.
+        DataError: the tokenizer cannot be used.
+    """
+    _check_port(config.address)
+    _tokenizer(config)
+
+
 def prepare(config: RunConfig) -> Prepared:
     """Read what the run file names, and check that it fits together.
 

@@ -181,8 +181,10 @@ def controller(
     import asyncio
 
     from controller.__main__ import serve
+    from controller.app import check_first
     from deploy.dataset import ensure_index
 
     config = load_run_file(run_file)
+    check_first(config)
     ensure_index(config)
     asyncio.run(serve(config))
