@@ -174,7 +174,8 @@ class RunInProcess:
         places = self._known_before(step)
         for cursors in resumes:
             places.update((lane, (step, cursor)) for lane, cursor in cursors.items())
-        self._floor = min(at for at, _ in places.values())
+        hindmost = min(at for at, _ in places.values())
+        self._floor = Step(max(min(hindmost, self.sealed_through), 0))
         for worker in self.workers:
             self._tell_all(worker)
         spec = self._spec

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loader_workers.plans import PlanBoard
 from protos.errors import (
     ConfigError,
     Disagreement,
@@ -18,8 +19,9 @@ from protos.errors import (
     StaleGeneration,
     TooMuchLost,
 )
-from protos.types import Generation, Lane, Quarantine
+from protos.types import Generation, Lane, Quarantine, Step
 from tests.fakes_controller import (
+    ScriptedPolicy,
     beats,
     bench,
     join_request,
@@ -190,6 +192,30 @@ def test_the_hindmost_place_says_from_where_workers_hear_the_plans(tmp_path: Pat
             )
             again, _ = controller.state.next_event(told)
             assert (again.plans, again.reset) == ((), False)
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_is_told_between_report_and_decision_takes_in_the_next_plan(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        config = small_run(tmp_path, control={"lag": 1})
+        policy = ScriptedPolicy(lambda step: (0, 0, 1))
+        with bench(config, policy=policy) as controller:
+            await controller.join_all(1)
+            # As while step 0 is committed: its places are known, the plan of step 1 is not told.
+            controller.state.move_cursors(Step(0), places_after(0, controller.spec))
+            first, told = controller.state.next_event(None)
+            await controller.report_step(0)
+            then, _ = controller.state.next_event(told)
+            assert first.reset
+            assert not then.reset
+            board = PlanBoard(controller.spec)
+            board.hear(first)
+            board.hear(then)
+            assert [plan.first_step for plan in then.plans] == [1]
+            assert board.sealed_through == 1
 
     asyncio.run(scenario())
 
