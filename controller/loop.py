@@ -260,6 +260,9 @@ class ControlLoop:
         return not self._must_settle
 
     def _is_overdue(self, group: Aggregator) -> bool:
+        if self.is_drained:
+            # Nothing will be sealed any more, so nobody is helped by closing steps early.
+            return False
         now, grace = self._now(), self._pace.report_grace_s
         if self._needed(group) is None:
             self._needed_since_s = None

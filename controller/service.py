@@ -17,6 +17,7 @@ from controller.policy_runner import PolicyRunner
 from controller.state import Told
 from controller.workers import Workers
 from protos.errors import (
+    ConfigError,
     HeadraceError,
     InvalidMessage,
     NotReady,
@@ -126,6 +127,7 @@ class Service:
                 f"lanes of generation {generation} are asked for, but generation {current} has "
                 "begun since; join again"
             )
+        self._check_step_will_come()
         endpoints = self._workers.endpoints()
         if not endpoints:
             raise NotReady("no loader worker serves all lanes now; ask again")
@@ -238,6 +240,16 @@ class Service:
         del self._streams[worker_id]
         if self._workers.lose(worker_id) and not self._stopping.is_set():
             self._loop.worker_lost(worker_id, "its stream ended")
+
+    def _check_step_will_come(self) -> None:
+        if not self._loop.is_drained:
+            return
+        through = self._loop.state.sealed_through
+        if self._workers.needed_beyond(through, self._loop.state.generation) is not None:
+            raise ConfigError(
+                f"the controller was drained: step {through} was the last one that was decided, "
+                "no later one will come; to train on, start the controller again and resume"
+            )
 
     def _check_going_on(self) -> None:
         if self._failure is not None:

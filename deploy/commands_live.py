@@ -164,7 +164,10 @@ def snapshot(address: Address) -> None:
 
 @told
 def drain(address: Address) -> None:
-    """Tell controller and workers that the run is over: no more decisions."""
+    """Tell controller and workers that the run is over: no more decisions.
+
+    Ranks that still train get the steps that are decided already, then an error that says so.
+    """
     with _admin(address) as admin:
         admin.drain(timeout_s=_WORK_TIMEOUT_S)
     print("drained")

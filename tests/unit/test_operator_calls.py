@@ -7,9 +7,12 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from controller.ledger_schema import Kind
+from protos.errors import ConfigError
 from protos.types import Step
-from tests.fakes_controller import ScriptedPolicy, bench, make_beat, make_report, small_run
+from tests.fakes_controller import Clock, ScriptedPolicy, bench, make_beat, make_report, small_run
 
 
 def test_an_override_before_the_first_generation_says_the_step_that_obeys_it(
@@ -53,6 +56,27 @@ def test_a_drain_whose_caller_has_gone_leaves_no_step_half_decided(tmp_path: Pat
             assert [row.step for row in controller.ledger.rows(Kind.STEP)] == [0]
             assert [row.step for row in controller.ledger.rows(Kind.SNAPSHOT)] == [0]
             assert controller.plans[-1].first_step == 2
+
+    asyncio.run(scenario())
+
+
+def test_after_a_drain_a_rank_that_waits_for_a_later_step_is_told_and_nothing_is_closed(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        with bench(small_run(tmp_path), now=clock) as controller:
+            answer = await controller.join_all(1)
+            await controller.report_step(0)
+            await controller.service.drain()
+            assert len(await controller.service.locate(answer.generation)) == controller.spec.lanes
+            controller.workers.beat(make_beat(generation=answer.generation, needed_step=3))
+            assert not await controller.loop.advance()
+            clock.now_s += 1  # longer than the grace time, shorter than a worker's silence
+            assert not await controller.loop.advance()
+            assert (await controller.service.status()).missing_reports == 0
+            with pytest.raises(ConfigError, match="drained: step 2 was the last one"):
+                await controller.service.locate(answer.generation)
 
     asyncio.run(scenario())
 
