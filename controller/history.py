@@ -76,9 +76,9 @@ def begin(ledger: Ledger, spec: RunSpec, initial: Mixture, settings: Mapping[str
         ConfigError: the ledger belongs to a run whose data has another order.
     """
     order = {"order_sha256": spec.order_sha256(), "run": spec.run_id}
-    entries = [
-        Entry(kind=Kind.RUN, step=-1, body={**order, "settings": dict(settings)}),
-    ]
+    # The ledger sorts the keys of what it keeps, and the order of the domains matters.
+    body = {**order, "domains": list(spec.domains), "settings": dict(settings)}
+    entries = [Entry(kind=Kind.RUN, step=-1, body=body)]
     known = ledger.newest(Kind.RUN)
     if known is None:
         carry = no_carry(spec.num_domains).tolist()

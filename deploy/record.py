@@ -23,6 +23,9 @@ class RunRecord:
     """A run as its ledger has it; of a step that was trained twice, the newest."""
 
     num_rows: int
+    settings: Mapping[str, Any]
+    """The run file, as the newest controller read it."""
+
     plans: tuple[Plan, ...]
     steps: Mapping[int, StepRecord]
     bodies: Mapping[int, Mapping[str, Any]]
@@ -73,8 +76,10 @@ def read_record(path: Path) -> RunRecord:
     steps = _newest_line(rows)
     quarantines = {quarantine_of(row) for row in rows if row.kind is Kind.QUARANTINE}
     times = [row.time_s for row in rows]
+    runs = _of(rows, Kind.RUN)
     return RunRecord(
         num_rows=num_rows,
+        settings=_settings(runs[-1].body) if runs else {},
         plans=tuple(sorted((plan_of(row) for row in _of(rows, Kind.PLAN)), key=_by_step)),
         steps={step: step_record_of(row) for step, row in steps.items()},
         bodies={step: row.body for step, row in steps.items()},
@@ -85,6 +90,16 @@ def read_record(path: Path) -> RunRecord:
         first_time_s=min(times, default=0.0),
         last_time_s=max(times, default=0.0),
     )
+
+
+def _settings(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the run file with its domains in their order, which the ledger keeps beside it."""
+    settings: dict[str, Any] = dict(body["settings"])
+    data = settings.get("data")
+    if data is not None:
+        ordered = {name: data["domains"][name] for name in body["domains"]}
+        settings["data"] = {**data, "domains": ordered}
+    return settings
 
 
 def _newest_line(rows: list[Row]) -> dict[int, Row]:

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from controller.config import RunConfig, load_run_file
+from controller.config import RunConfig, load_run_file, parse_run
 from deploy.accounting import MAX_FAULTS_NAMED, Account, Obedience, account_for, check_plans
 from deploy.dataset import open_dataset
 from deploy.epochs import EpochAccount, ShardContents, account_for_epochs
@@ -55,8 +55,13 @@ def examine(out: Path) -> Findings:
     Raises:
         HeadraceError: something that belongs there is missing or damaged.
     """
-    config = load_run_file(out / RUN_FILE)
-    record = read_record(out / LEDGER)
+    run_file, ledger = out / RUN_FILE, out / LEDGER
+    if run_file.exists() or not ledger.exists():
+        config, record = load_run_file(run_file), read_record(ledger)
+    else:
+        # `headrace run` keeps its run file; of a run by parts the ledger knows what it said.
+        record = read_record(ledger)
+        config = parse_run(record.settings, source=str(ledger))
     dataset = open_dataset(config)
     spec = dataset.spec
     history = trained_history(
