@@ -37,10 +37,11 @@ def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Pa
     log = tmp_path / "log"
     (tmp_path / "deaf.py").write_text(DEAF)
     command = [sys.executable, str(tmp_path / "deaf.py"), "with a child"]
+    others = descendants(os.getpid())  # of other tests, such as a resource tracker
     process = ChildProcess(command, log=log, env=os.environ)
     wait_until(lambda: "up" in log.read_text(), timeout_s=20, what="the grandchild")
     assert process.poll() is None
-    family = descendants(os.getpid())
+    family = descendants(os.getpid()).keys() - others.keys()
     with StopSignals() as stop:
         process.stop(stop, grace_s=0.2)
     assert process.poll() == -signal.SIGKILL
