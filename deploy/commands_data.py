@@ -125,7 +125,7 @@ def _domain_row(found: DatasetIndex, name: str) -> dict[str, int]:
 
 @told
 def verify(
-    out: Annotated[Path, typer.Argument(help="Folder of a finished `headrace run`.")],
+    out: Annotated[Path, typer.Argument(help="Folder of a finished run, with its ledger.")],
     as_json: JsonOption = False,
 ) -> None:
     """Check a finished run: ledger intact, plans obeyed, nothing lost, doubled or changed.

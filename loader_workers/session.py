@@ -31,8 +31,9 @@ MAX_BLOB_BYTES = 4 << 30
 """Of an index or a tokenizer; more is taken for a mistake, not for data."""
 
 
-RETRY = Retry()
-"""Both streams may be opened again at any time: Enlist is idempotent by worker id."""
+RETRY = Retry(max_wait_s=1.0)
+"""Both streams may be opened again at any time: Enlist is idempotent by worker id. Tries stay close
+together, since a controller that comes back decides nothing before it has heard its workers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +183,9 @@ class ControllerSession:
             if self._stopping.is_set():
                 return
             num_tries = 1 if heard else num_tries + 1
-            logger.info("%s broke worker=%s tries=%d: %s", name, self._worker_id, num_tries, reason)
+            # Said once for each time that the controller goes away, not at every try.
+            level = logging.INFO if num_tries == 1 else logging.DEBUG
+            logger.log(level, "%s broke worker=%s: %s", name, self._worker_id, reason)
             self._stopping.wait(RETRY.wait_s(num_tries))
 
     def _end(self, error: HeadraceError) -> None:
