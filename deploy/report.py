@@ -22,6 +22,7 @@ from deploy.history import History, read_deliveries, trained_history, write_dige
 from deploy.record import LEDGER, RunRecord, read_record
 from deploy.runfile import RUN_FILE
 from deploy.training import RECEIVED
+from deploy.whole_file import write_whole
 from protos.status import RunStatus
 
 REPORT = "report.json"
@@ -188,9 +189,7 @@ def _share(part: float, whole: float) -> float | None:
 def write_report(report: Mapping[str, Any], out: Path) -> Path:
     """Write report.json in one move."""
     path = out / REPORT
-    partial = path.with_name(REPORT + ".partial")
-    partial.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
     return path
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from controller.config import load_run_file, parse_run
+from deploy.whole_file import write_whole
 from protos.errors import ConfigError
 
 RUN_FILE = "run.yaml"
@@ -178,8 +179,6 @@ def write_run_file(settings: Settings, out: Path) -> Path:
     parse_run(settings, source="the run's settings")
     out.mkdir(parents=True, exist_ok=True)
     path = out / RUN_FILE
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, yaml.safe_dump(settings, sort_keys=False))
     load_run_file(path)
     return path

@@ -12,6 +12,7 @@ from controller.config import RunConfig
 from deploy.examples.models import SHAPES
 from deploy.local_ray import python_path
 from deploy.runfile import DEFAULT_MODEL, RunOptions
+from deploy.whole_file import write_whole
 from protos.errors import ConfigError
 
 TRAINING = "training.json"
@@ -69,10 +70,7 @@ def _read(path: Path) -> Training:
 
 def keep_training(training: Training, out: Path) -> None:
     """Write it into the run's folder."""
-    path = out / TRAINING
-    partial = path.with_name(TRAINING + ".partial")
-    partial.write_text(json.dumps(asdict(training)) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(out / TRAINING, json.dumps(asdict(training)) + "\n")
 
 
 def trainer_command(
