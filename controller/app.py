@@ -199,7 +199,7 @@ def _assemble(
         policy=runner,
         guard=prepared.guard,
         workers=workers,
-        snapshots=Snapshots(config.snapshots_path),
+        snapshots=Snapshots(config.snapshots_path, origin=config.origin),
         metrics=metrics,
     )
     pace = Pace(

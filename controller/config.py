@@ -208,6 +208,16 @@ class RunConfig(Section):
         return self.out / "ledger.sqlite"
 
     @property
+    def origin(self) -> dict[str, Any]:
+        """What a snapshot of the policy says of the run: whence it comes, and what bound it."""
+        return {
+            "run": self.run,
+            "planned_steps": self.steps,
+            "lag": self.control.lag,
+            "guard": self.guard.model_dump(mode="json"),
+        }
+
+    @property
     def snapshots_path(self) -> Path:
         """The folder of the policy's snapshots."""
         return self.out / "policy"

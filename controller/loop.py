@@ -5,7 +5,8 @@
     begin           starts a generation          a commit under way        -
     steer           takes the wheel              a commit under way        -
     watchers        state.next_event             changed                   a seal, a generation
-    policy thread   observe, propose, save       its queue                 run
+    policy thread   observe, propose, copy       its queue                 run
+    policy writer   write what was copied        the policy thread         run
     ledger thread   commit, read                 its queue                 whoever commits
 
 `_turn` is held for a whole decision, `_writing` only while one is committed, so that a generation
@@ -319,7 +320,8 @@ class ControlLoop:
             return
         await self._decide(record, started)
         self._hands.metrics.decided(self._now() - started)
-        if (step + 1) % self._pace.snapshot_every == 0:
+        # A disk that is slower than that gets fewer snapshots, not a queue of copies.
+        if (step + 1) % self._pace.snapshot_every == 0 and not self._saving:
             self._start_snapshot()
 
     async def _decide(self, record: StepRow, started_s: float) -> None:
@@ -361,7 +363,7 @@ class ControlLoop:
         """Save the policy as it is now, between two decisions; `_turn` is held."""
         step, hands = self.state.observed_through, self._hands
         self._saved_through = step
-        future = hands.policy.save(lambda save: hands.snapshots.write(save, step))
+        future = hands.policy.save(lambda state: hands.snapshots.write(state, step))
 
         async def record() -> str:
             path = await asyncio.wrap_future(future)

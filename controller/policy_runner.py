@@ -11,7 +11,6 @@ from pathlib import Path
 
 from controller.ledger_schema import StepRecord
 from controller.observation import StepObservation
-from controller.policy import artefact
 from controller.policy.base import Policy, PolicyState
 from controller.threads import SingleThread
 from protos.types import Step
@@ -34,12 +33,18 @@ class Advice:
 
 
 class PolicyRunner:
-    """Owns the policy: nothing else touches it once the runner has begun."""
+    """Owns the policy: nothing else touches it once the runner has begun.
+
+    thread           does                        waits for
+    policy           observe, propose, copy      its queue
+    policy-writer    write copies to files       its queue, a copy
+    """
 
     def __init__(self, policy: Policy, *, budget_s: float) -> None:
         self._policy = policy
         self._budget_s = budget_s
         self._thread = SingleThread("headrace-policy")
+        self._writer = SingleThread("headrace-policy-writer")
         self._backlog = 0
         self.name = policy.name
         self.phase = policy.phase
@@ -68,14 +73,13 @@ class PolicyRunner:
             return Advice(shares=None, fault=f"the policy failed: {type(error).__name__}: {error}")
         return Advice(shares=future.result())
 
-    def save(self, write: Callable[[Callable[[Path], None]], Path]) -> Future[Path]:
+    def save(self, write: Callable[[PolicyState], Path]) -> Future[Path]:
         """Have `write` save the policy's state as it is after all observations given so far.
 
-        `write` gets what writes the state to a path of its choice.
+        The policy waits for a copy of its state alone: it is written on a thread of its own.
         """
-        return self._thread.submit(
-            lambda: write(lambda path: artefact.save(self._policy.state(), path))
-        )
+        copied = self._thread.submit(self._policy.state)
+        return self._writer.submit(lambda: write(copied.result()))
 
     async def restore(self, state: PolicyState | None, records: Iterable[StepRecord]) -> None:
         """Bring the policy to where it was: a saved state, and what it observed after that.
@@ -89,6 +93,8 @@ class PolicyRunner:
         """Let the policy end what it is at."""
         if not self._thread.close(timeout_s):
             logger.warning("the policy has not come back within %g s; left behind", timeout_s)
+        if not self._writer.close(timeout_s):
+            logger.warning("the policy's state is not written after %g s; left behind", timeout_s)
 
     def _turn(self, observation: StepObservation, step: Step) -> tuple[float, ...]:
         self._policy.observe(observation)

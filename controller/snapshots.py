@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from controller.policy import artefact
+from controller.policy.base import PolicyState
 from protos.errors import LedgerError
 
 NUM_KEPT = 3
@@ -14,15 +17,17 @@ NUM_KEPT = 3
 class Snapshots:
     """The folder of a run's snapshots."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, origin: Mapping[str, Any]) -> None:
+        """Tell where they lie, and what each says of the run that it comes from (JSON values)."""
         self._folder = folder
+        self._origin = dict(origin)
 
     def path_after(self, step: int) -> Path:
         """Return where the state after `step` belongs; -1: before the first step."""
         return self._folder / f"after-{step + 1:09d}-steps.safetensors"
 
-    def write(self, save: Callable[[Path], None], step: int) -> Path:
-        """Have `save` write the state after `step`; remove what is too old.
+    def write(self, state: PolicyState, step: int) -> Path:
+        """Write the state after `step`; remove what is too old.
 
         Raises:
             LedgerError: it could not be written.
@@ -32,7 +37,7 @@ class Snapshots:
             # A controller that was killed while it saved has left a part of a file.
             for part in self._folder.glob(".after-*.tmp"):
                 part.unlink(missing_ok=True)
-            save(path)
+            artefact.save(state, path, origin={**self._origin, "steps": step + 1})
             kept = sorted(self._folder.glob("after-*-steps.safetensors"))
             for old in kept[:-NUM_KEPT]:
                 if old != path:

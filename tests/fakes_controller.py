@@ -210,7 +210,7 @@ class Bench:
             policy=self.runner,
             guard=prepared.guard,
             workers=self.workers,
-            snapshots=Snapshots(config.snapshots_path),
+            snapshots=Snapshots(config.snapshots_path, origin=config.origin),
             metrics=self.metrics,
         )
         pace = Pace(

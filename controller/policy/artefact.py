@@ -8,32 +8,66 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as to_safetensors
 
 from controller.policy.base import PolicyState
 from protos.errors import ConfigError
 
 FORMAT = "headrace.policy.v1"
 
+_DTYPES = {
+    "|b1": "BOOL",
+    "|u1": "U8",
+    "<u2": "U16",
+    "<u4": "U32",
+    "<u8": "U64",
+    "<i4": "I32",
+    "<i8": "I64",
+    "<f4": "F32",
+    "<f8": "F64",
+}
+"""numpy's names of what policies save, and those of safetensors."""
 
-def save(state: PolicyState, path: Path) -> None:
-    """Write `state` to `path`, replacing what is there; when it returns, it is on the disk."""
+_PADDING = 8
+"""Bytes to whose multiples the header is filled up, so that numbers lie where they should."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artefact:
+    """What a file holds."""
+
+    state: PolicyState
+    origin: Mapping[str, Any]
+    """JSON values: the run that the state comes from; empty if nobody said."""
+
+    sha256: str
+    """Of the state and its origin."""
+
+
+def save(state: PolicyState, path: Path, *, origin: Mapping[str, Any] | None = None) -> None:
+    """Write `state` to `path`, replacing what is there; when it returns, it is on the disk.
+
+    The arrays are written as they lie in memory, without a copy, and other threads run meanwhile.
+    """
     arrays = {name: np.asarray(array, order="C") for name, array in state.arrays.items()}
     values = json.dumps(state.values, sort_keys=True, allow_nan=False)
-    metadata = {"format": FORMAT, "values": values, "sha256": _digest(arrays, values)}
+    source = json.dumps(dict(origin or {}), sort_keys=True, allow_nan=False)
+    metadata = {"format": FORMAT, "values": values, "origin": source}
+    metadata["sha256"] = _digest(arrays, values, source)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own in the same folder: renaming is atomic only within a file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(to_safetensors(arrays, metadata=metadata))
+            for part in _parts(arrays, metadata):
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -43,7 +77,16 @@ def save(state: PolicyState, path: Path) -> None:
 
 
 def load(path: Path) -> PolicyState:
-    """Read what `save` wrote.
+    """Read the state that `save` wrote.
+
+    Raises:
+        ConfigError: there is no such file, or it is damaged, or no policy state.
+    """
+    return read(path).state
+
+
+def read(path: Path) -> Artefact:
+    """Read all that `save` wrote.
 
     Raises:
         ConfigError: there is no such file, or it is damaged, or no policy state.
@@ -61,18 +104,52 @@ def load(path: Path) -> PolicyState:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"the policy state {path} is damaged: {error}") from error
-    values = metadata.get("values", "")
-    if _digest(arrays, values) != metadata.get("sha256"):
+    values, source = metadata.get("values", ""), metadata.get("origin", "")
+    sha256 = _digest(arrays, values, source)
+    if sha256 != metadata.get("sha256"):
         raise ConfigError(f"the policy state {path} is damaged: its checksum does not match")
-    return PolicyState(arrays=arrays, values=json.loads(values))
+    return Artefact(
+        state=PolicyState(arrays=arrays, values=json.loads(values)),
+        origin=json.loads(source),
+        sha256=sha256,
+    )
 
 
-def _digest(arrays: Mapping[str, NDArray[Any]], values: str) -> str:
-    digest = hashlib.sha256(values.encode())
-    for name in sorted(arrays):
+def _parts(
+    arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    """Yield a safetensors file: the header's length, the header, the arrays' bytes."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    # Widest numbers first, so that all are aligned.
+    names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    end = 0
+    for name in names:
         array = arrays[name]
+        begin, end = end, end + array.nbytes
+        header[name] = {
+            "dtype": _DTYPES[array.dtype.str],
+            "shape": array.shape,
+            "data_offsets": [begin, end],
+        }
+    written = json.dumps(header).encode()
+    written += b" " * (-len(written) % _PADDING)
+    yield len(written).to_bytes(8, "little")
+    yield written
+    for name in names:
+        yield _bytes_of(arrays[name])
+
+
+def _bytes_of(array: NDArray[Any]) -> memoryview:
+    flat: memoryview = array.reshape(-1).view(np.uint8).data
+    return flat
+
+
+def _digest(arrays: Mapping[str, NDArray[Any]], values: str, origin: str) -> str:
+    digest = hashlib.sha256(f"{values}\0{origin}".encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name]).reshape(arrays[name].shape)
         digest.update(f"\0{name}\0{array.dtype.str}\0{array.shape}\0".encode())
-        digest.update(np.ascontiguousarray(array).data)
+        digest.update(_bytes_of(array))
     return digest.hexdigest()
 
 

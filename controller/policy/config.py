@@ -144,9 +144,13 @@ class AcodmConfig(_PolicyModel):
     reward_smoothing: float = Field(default=0.9, ge=0, lt=1)
     """xi: how much of a domain's old reward stays when a new one comes."""
 
-    reward_normalisation: Literal["over_time", "across_domains"] = "over_time"
+    normalise: Literal["over_time", "across_domains"] = "over_time"
     importance: Literal["none", "paper"] = "none"
     """`paper`: summed rather than mean gradients, divided by the domain's share."""
+
+    own_term: bool = False
+    """Count a domain's product with itself, too: then the reward is, to first order, how much a
+    step on the domain lowers the sum of all domains' losses."""
 
     moments_horizon: int = Field(default=1000, ge=1)
     """Steps over which the means and variances that normalise state and reward reach."""

@@ -44,7 +44,7 @@ BASE = AcodmConfig(initial="uniform", width=64, depth=2, batch_size=16)
         {},
         {"reward": "cosine"},
         {"reward": "paper", "importance": "paper"},
-        {"reward_normalisation": "across_domains"},
+        {"normalise": "across_domains"},
         {"warmup_acting": "odm"},
         {"critic": "scalar", "anchor_weight": 0.0, "actor_lr": 3e-4},
     ],

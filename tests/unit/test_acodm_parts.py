@@ -43,6 +43,7 @@ def rewards_of(**settings: Any) -> RewardTracker:
     chosen = {
         "kind": "dot",
         "importance": "none",
+        "own_term": False,
         "smoothing": 0.5,
         "normalisation": "over_time",
         "horizon": 100,
@@ -60,6 +61,13 @@ def rewards_of(**settings: Any) -> RewardTracker:
         (
             {"kind": "paper", "importance": "paper"},
             [9 * 0.25, 16 * 0.25, 9 * 0.25 + 16 * 0.5],
+        ),
+        ({"kind": "paper", "own_term": True}, [9 + 9, 16 + 16, 25 + 25]),
+        ({"kind": "dot", "own_term": True}, [18 / 4, 32 / 4, 50 / 4]),
+        ({"kind": "cosine", "own_term": True}, [1 + 9 / 15, 1 + 16 / 20, 1 + 9 / 15 + 16 / 20]),
+        (
+            {"kind": "paper", "importance": "paper", "own_term": True},
+            [9 * 0.25 + 9 * 0.25, 16 * 0.5 + 16 * 0.25, 9 * 0.25 + 16 * 0.5 + 25 * 0.25],
         ),
     ],
 )

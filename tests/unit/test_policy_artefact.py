@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from controller.policy import artefact
 from controller.policy.base import PolicyState
@@ -27,6 +27,25 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     path = tmp_path / "new" / "policy.safetensors"
     artefact.save(STATE, path)
     assert_same_state(artefact.load(path), STATE)
+
+
+def test_it_says_where_it_comes_from_and_the_checksum_covers_that(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    artefact.save(STATE, one, origin={"run": "small", "steps": 7})
+    artefact.save(STATE, other, origin={"run": "large", "steps": 7})
+    assert artefact.read(one).origin == {"run": "small", "steps": 7}
+    assert artefact.read(one).sha256 != artefact.read(other).sha256
+    artefact.save(STATE, other, origin={"run": "small", "steps": 7})
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_any_reader_of_safetensors_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "policy.safetensors"
+    artefact.save(STATE, path)
+    read = load_file(path)
+    assert read.keys() == STATE.arrays.keys()
+    for name, array in read.items():
+        assert np.array_equal(array, STATE.arrays[name], equal_nan=array.dtype.kind == "f")
 
 
 def test_saving_again_replaces_the_file_and_leaves_no_other(tmp_path: Path) -> None:

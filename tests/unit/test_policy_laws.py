@@ -50,7 +50,7 @@ POLICIES: dict[str, PolicyConfig] = {
     "odm exp3": OdmConfig(warmup_steps=3, form="exp3"),
     "acodm": SMALL,
     "acodm scalar": SMALL.model_copy(
-        update={"critic": "scalar", "reward": "cosine", "reward_normalisation": "across_domains"}
+        update={"critic": "scalar", "reward": "cosine", "normalise": "across_domains"}
     ),
     "acodm odm": SMALL.model_copy(
         update={"warmup_acting": "odm", "reward": "paper", "importance": "paper"}

@@ -92,7 +92,8 @@ class AcodmPolicy:
             kind=config.reward,
             importance=config.importance,
             smoothing=config.reward_smoothing,
-            normalisation=config.reward_normalisation,
+            own_term=config.own_term,
+            normalisation=config.normalise,
             horizon=config.moments_horizon,
         )
         self._replay = Replay(

@@ -18,6 +18,8 @@ ROW_LIMIT = 3.0
 class RewardTracker:
     """Scores a domain by the inner product of its mean gradient with the sum of the others'.
 
+    With `own_term` the sum has the domain's own gradient, too.
+
     Means, not sums: reports hold sums over tokens, by which a domain would score for being drawn
     often. Inner products of domains that a step does not have keep their last value, and so does
     the smoothed reward of such a domain; one that no step had yet gets the mean of the others.
@@ -29,12 +31,14 @@ class RewardTracker:
         *,
         kind: Literal["dot", "cosine", "paper"],
         importance: Literal["none", "paper"],
+        own_term: bool,
         smoothing: float,
         normalisation: Literal["over_time", "across_domains"],
         horizon: int,
     ) -> None:
         self._kind = kind
         self._importance = importance
+        self._own_term = own_term
         self._smoothing = smoothing
         self._normalisation = normalisation
         self._gram = np.full((num_domains, num_domains), np.nan)
@@ -66,8 +70,8 @@ class RewardTracker:
         if self._kind == "cosine":
             lengths = np.outer(norms, norms)
             gram = np.divide(gram, lengths, out=np.zeros_like(gram), where=lengths > 0)
-        others = gram - np.diag(np.diag(gram))
-        scores: NDArray[np.float64] = others.sum(axis=1)
+        counted = gram if self._own_term else gram - np.diag(np.diag(gram))
+        scores: NDArray[np.float64] = counted.sum(axis=1)
         if self._kind == "dot" and norms.any():
             scores = scores / norms[norms > 0].mean()
         if self._importance == "paper":
