@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from controller.ledger_schema import (
     CARRY_EVERY,
     Entry,
     Kind,
+    Row,
     StepRecord,
     cursors_of,
     membership_of,
@@ -188,6 +189,18 @@ def records_after(ledger: Ledger, step: int) -> Iterator[StepRecord]:
     for row in ledger.rows(Kind.STEP, min_step=step + 1):
         if row.body["to_policy"]:
             yield step_record_of(row)
+
+
+def newest_line(rows: Iterable[Row]) -> dict[int, Row]:
+    """Return each step's row in the line of training that was not abandoned."""
+    steps: dict[int, Row] = {}
+    for row in rows:
+        if row.kind is Kind.FORK:
+            for step in [step for step in steps if step >= row.step]:
+                del steps[step]
+        elif row.kind is Kind.STEP:
+            steps[row.step] = row
+    return steps
 
 
 def _newest_cursors(ledger: Ledger, membership: Membership, *, after_seq: int) -> LaneCursors:

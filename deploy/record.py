@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from controller.history import newest_line
 from controller.ledger import read_rows, reading_ledger, verify
 from controller.ledger_schema import Kind, Row, StepRecord, plan_of, quarantine_of, step_record_of
 from protos.types import Plan, Quarantine
@@ -73,7 +74,7 @@ def read_record(path: Path) -> RunRecord:
     with reading_ledger(path) as database:
         num_rows, _ = verify(database, path)
         rows = list(read_rows(database))
-    steps = _newest_line(rows)
+    steps = newest_line(rows)
     quarantines = {quarantine_of(row) for row in rows if row.kind is Kind.QUARANTINE}
     times = [row.time_s for row in rows]
     runs = _of(rows, Kind.RUN)
@@ -100,18 +101,6 @@ def _settings(body: Mapping[str, Any]) -> Mapping[str, Any]:
         ordered = {name: data["domains"][name] for name in body["domains"]}
         settings["data"] = {**data, "domains": ordered}
     return settings
-
-
-def _newest_line(rows: list[Row]) -> dict[int, Row]:
-    """Return each step's row in the line of training that was not abandoned."""
-    steps: dict[int, Row] = {}
-    for row in rows:
-        if row.kind is Kind.FORK:
-            for step in [step for step in steps if step >= row.step]:
-                del steps[step]
-        elif row.kind is Kind.STEP:
-            steps[row.step] = row
-    return steps
 
 
 def _of(rows: list[Row], kind: Kind) -> list[Row]:

@@ -2,71 +2,52 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from controller.policy.settings import (
+    MixtureSetting,
+    PolicyModel,
+    RewardSettings,
+    Shares,
+    checked_setting,
+    checked_shares,
+)
+from controller.policy.settings_of_rivals import AdoConfig, AlignEgConfig, ReplayMeanConfig
 
 
-def _checked_shares(shares: dict[str, float]) -> dict[str, float]:
-    for domain, share in shares.items():
-        if not math.isfinite(share) or share < 0:
-            raise ValueError(
-                f"the share of domain {domain!r} must be finite and not negative, got {share}"
-            )
-    if not math.fsum(shares.values()) > 0:
-        raise ValueError(f"at least one share must be above 0, got {shares}")
-    return shares
-
-
-Shares = Annotated[dict[str, float], Field(min_length=1)]
-"""Domain to share; scaled to add up to 1, and a domain that is left out gets 0."""
-
-MixtureSetting = Literal["natural", "uniform"] | Shares
-"""`natural` goes by the domains' bytes of text."""
-
-
-def _checked_setting(setting: MixtureSetting) -> MixtureSetting:
-    return setting if isinstance(setting, str) else _checked_shares(setting)
-
-
-class _PolicyModel(BaseModel):
-    """Unknown keys are errors, and nothing changes once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class StaticConfig(_PolicyModel):
+class StaticConfig(PolicyModel):
     """The same mixture at every step."""
 
     name: Literal["static"] = "static"
     mixture: Shares
 
-    _shares = field_validator("mixture")(_checked_shares)
+    _shares = field_validator("mixture")(checked_shares)
 
 
-class NaturalConfig(_PolicyModel):
+class NaturalConfig(PolicyModel):
     """Each domain by its size."""
 
     name: Literal["natural"] = "natural"
 
 
-class UniformConfig(_PolicyModel):
+class UniformConfig(PolicyModel):
     """Every domain alike."""
 
     name: Literal["uniform"] = "uniform"
 
 
-class SchedulePoint(_PolicyModel):
+class SchedulePoint(PolicyModel):
     """A mixture and the first step that has it."""
 
     step: int = Field(ge=0)
     mixture: MixtureSetting
 
-    _shares = field_validator("mixture")(_checked_setting)
+    _shares = field_validator("mixture")(checked_setting)
 
 
-class ScheduleConfig(_PolicyModel):
+class ScheduleConfig(PolicyModel):
     """Mixtures that hold from given steps on."""
 
     name: Literal["schedule"] = "schedule"
@@ -83,15 +64,11 @@ class ScheduleConfig(_PolicyModel):
         return points
 
 
-class OdmConfig(_PolicyModel):
+class OdmSettings(PolicyModel):
     """Online data mixing: a bandit that goes by the domains' losses."""
 
-    name: Literal["odm"] = "odm"
     initial: MixtureSetting = "natural"
     """The mixture of the warm-up."""
-
-    form: Literal["smoothed_mean", "exp3"] = "smoothed_mean"
-    """`smoothed_mean` is the published code's, `exp3` the published text's."""
 
     smoothing: float = Field(default=0.5, ge=0, lt=1)
     """How much of a domain's old reward stays when a new one comes."""
@@ -99,10 +76,22 @@ class OdmConfig(_PolicyModel):
     warmup_steps: int | None = Field(default=None, ge=0)
     """Null: 2% of the run's steps."""
 
-    _shares = field_validator("initial")(_checked_setting)
+    _shares = field_validator("initial")(checked_setting)
 
 
-class AcodmConfig(_PolicyModel):
+class OdmConfig(OdmSettings):
+    """As the published code has it: in proportion to the smoothed perplexity."""
+
+    name: Literal["odm"] = "odm"
+
+
+class OdmPaperConfig(OdmSettings):
+    """As the published text has it: exponential weights of losses over shares (Exp3)."""
+
+    name: Literal["odm_paper"] = "odm_paper"
+
+
+class AcodmConfig(RewardSettings):
     """AC-ODM: an actor-critic rewarded by how well the domains' gradients align."""
 
     name: Literal["acodm"] = "acodm"
@@ -137,28 +126,7 @@ class AcodmConfig(_PolicyModel):
     batch_size: int = Field(default=32, ge=1)
     updates_per_step: int = Field(default=1, ge=1)
 
-    # Reward.
-    reward: Literal["dot", "cosine", "paper"] = "dot"
-    """`dot`: inner products over the mean gradient norm; `paper`: as they are."""
-
-    reward_smoothing: float = Field(default=0.9, ge=0, lt=1)
-    """xi: how much of a domain's old reward stays when a new one comes."""
-
-    normalise: Literal["over_time", "across_domains"] = "over_time"
-    importance: Literal["none", "paper"] = "none"
-    """`paper`: summed rather than mean gradients, divided by the domain's share."""
-
-    own_term: bool = False
-    """Count a domain's product with itself, too: then the reward is, to first order, how much a
-    step on the domain lowers the sum of all domains' losses."""
-
-    moments_horizon: int = Field(default=1000, ge=1)
-    """Steps over which the means and variances that normalise state and reward reach."""
-
     # Acting.
-    floor: float = Field(default=0.005, ge=0)
-    """Least share of a domain that the actor can give."""
-
     warmup_steps: int | None = Field(default=None, ge=1)
     """Null: 2% of the run's steps, but at least `batch_size`."""
 
@@ -172,7 +140,7 @@ class AcodmConfig(_PolicyModel):
     exploration_share: float = Field(default=0.5, ge=0, le=1)
     """Share of the run over which that noise falls to 0."""
 
-    _shares = field_validator("initial")(_checked_setting)
+    _shares = field_validator("initial")(checked_setting)
 
     @model_validator(mode="after")
     def _warmup_varies(self) -> AcodmConfig:
@@ -183,8 +151,43 @@ class AcodmConfig(_PolicyModel):
         return self
 
 
+class ShuffledRewardConfig(AcodmConfig):
+    """A control: AC-ODM whose rewards go to domains at random."""
+
+    name: Literal["shuffled_reward"] = "shuffled_reward"  # type: ignore[assignment]  # a tag
+
+
+class RandomActorConfig(PolicyModel):
+    """A control: an actor that is never trained, as the published code ships it."""
+
+    name: Literal["random_actor"] = "random_actor"
+    initial: MixtureSetting = "natural"
+    """The mixture until the first observation has come."""
+
+    width: int = Field(default=1024, ge=1)
+    depth: int = Field(default=5, ge=1)
+    norm_layers: int = Field(default=9, ge=0)
+    """Places for weight norms in the state, as in `acodm`."""
+
+    floor: float = Field(default=0.005, ge=0)
+    """Least share of a domain, as in `acodm`."""
+
+    _shares = field_validator("initial")(checked_setting)
+
+
 PolicyConfig = Annotated[
-    StaticConfig | NaturalConfig | UniformConfig | ScheduleConfig | OdmConfig | AcodmConfig,
+    StaticConfig
+    | NaturalConfig
+    | UniformConfig
+    | ScheduleConfig
+    | OdmConfig
+    | OdmPaperConfig
+    | AdoConfig
+    | AlignEgConfig
+    | AcodmConfig
+    | RandomActorConfig
+    | ShuffledRewardConfig
+    | ReplayMeanConfig,
     Field(discriminator="name"),
 ]
 """What the run file may say under `policy`."""

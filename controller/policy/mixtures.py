@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.policy.base import PolicyContext
-from controller.policy.config import MixtureSetting
+from controller.policy.settings import MixtureSetting
 from protos.errors import ConfigError, UnknownDomain
 
 

@@ -1,9 +1,9 @@
-"""The `odm` policy: online data mixing, a bandit that goes by the domains' losses.
+"""The `odm` and `odm_paper` policies: online data mixing, a bandit that goes by domains' losses.
 
-`smoothed_mean` is the updater that the published results were made with, in spite of its text:
-sample in proportion to a smoothed perplexity, with a floor that falls with time. `exp3` is the rule
-of the published text. Differences from both: a domain's loss is its mean over tokens rather than
-over micro-batches, since micro-batches may mix domains here.
+`odm` is the updater that the published results were made with, in spite of the text: sample in
+proportion to a smoothed perplexity, with a floor that falls with time. `odm_paper` is the rule of
+the text, exponential weights of losses over shares (Exp3). Differences from both: a domain's loss
+is its mean over tokens rather than over micro-batches, since micro-batches may mix domains here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from controller.observation import StepObservation
 from controller.policy.base import PolicyContext, PolicyState, Statistic
-from controller.policy.config import OdmConfig
+from controller.policy.config import OdmConfig, OdmPaperConfig
 from controller.policy.finite import teaches
 from controller.policy.header import HEADER, check_header, header_of
 from controller.policy.mixtures import resolve
@@ -32,7 +32,7 @@ WARMUP_SHARE = 0.02
 class OdmPolicy:
     """The initial mixture during the warm-up, then the bandit's."""
 
-    def __init__(self, config: OdmConfig, context: PolicyContext) -> None:
+    def __init__(self, config: OdmConfig | OdmPaperConfig, context: PolicyContext) -> None:
         self._config = config
         self._context = context
         self._num_domains = len(context.domains)
@@ -69,7 +69,7 @@ class OdmPolicy:
         seen = observation.tokens > 0
         loss = np.minimum(observation.loss[seen], MAX_LOSS)
         keep = self._config.smoothing
-        if self._config.form == "smoothed_mean":
+        if isinstance(self._config, OdmConfig):
             gain = np.exp(loss)
         else:
             # What was drawn had at least one sequence, so its share was not 0.
@@ -82,7 +82,7 @@ class OdmPolicy:
 
     def _weights(self) -> NDArray[np.float64]:
         parts = self._rewards
-        if self._config.form == "exp3":
+        if isinstance(self._config, OdmPaperConfig):
             logits = self._epsilon * self._rewards
             parts = np.exp(logits - logits.max())
         weights: NDArray[np.float64] = parts / parts.sum()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from controller.observation import StepObservation
-from controller.policy.config import OdmConfig
+from controller.policy.config import OdmConfig, OdmPaperConfig
 from controller.policy.odm import OdmPolicy, exploration_floor
 from protos.types import Step
 from tests.fakes_policy import make_context
@@ -63,8 +63,8 @@ def test_a_domain_never_drawn_stays_at_the_floor() -> None:
     assert policy.propose(Step(52))[1] == exploration_floor(51, 3)
 
 
-def test_exp3_by_hand() -> None:
-    policy = OdmPolicy(OdmConfig(warmup_steps=0, form="exp3", smoothing=0.5), make_context())
+def test_odm_paper_by_hand() -> None:
+    policy = OdmPolicy(OdmPaperConfig(warmup_steps=0, smoothing=0.5), make_context())
     policy.observe(seen(20, [1.0, 2.0, 3.0], [4, 4, 4]))
     rewards = [0.5 * 1 / 0.5, 0.5 * 2 / 0.3, 0.5 * 3 / 0.2]
     eps = exploration_floor(21, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-from controller.policy.base import Statistic
+from controller.policy.base import Policy, PolicyContext, Statistic
 from controller.policy.config import (
     AcodmConfig,
     NaturalConfig,
     OdmConfig,
+    OdmPaperConfig,
     PolicyConfig,
+    RandomActorConfig,
     ScheduleConfig,
     SchedulePoint,
+    ShuffledRewardConfig,
     StaticConfig,
     UniformConfig,
 )
 from controller.policy.registry import initial_mixture, make_policy
+from controller.policy.settings_of_rivals import AdoConfig, AlignEgConfig, ReplayMeanConfig
 from protos.types import Step
 from tests.fakes_policy import SimulatedRun, make_context, without
 from tests.laws import (
@@ -47,7 +52,12 @@ POLICIES: dict[str, PolicyConfig] = {
         )
     ),
     "odm": OdmConfig(warmup_steps=3),
-    "odm exp3": OdmConfig(warmup_steps=3, form="exp3"),
+    "odm_paper": OdmPaperConfig(warmup_steps=3),
+    "ado": AdoConfig(fit_every=4, ignore_steps=0, smoothing_window=5),
+    "align_eg": AlignEgConfig(),
+    "random_actor": RandomActorConfig(width=16, depth=2, norm_layers=4),
+    "shuffled_reward": ShuffledRewardConfig(**SMALL.model_dump(exclude={"name"})),
+    "replay_mean": ReplayMeanConfig.model_validate({"from": "mean.json"}),
     "acodm": SMALL,
     "acodm scalar": SMALL.model_copy(
         update={"critic": "scalar", "reward": "cosine", "normalise": "across_domains"}
@@ -56,6 +66,8 @@ POLICIES: dict[str, PolicyConfig] = {
         update={"warmup_acting": "odm", "reward": "paper", "importance": "paper"}
     ),
 }
+
+BLIND = ("static", "natural", "uniform", "schedule", "replay_mean")
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +78,19 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def made(config: PolicyConfig, context: PolicyContext) -> Policy:
+    """The policy, and the file that it reads if it reads one."""
+    if isinstance(config, ReplayMeanConfig):
+        shares = dict(zip(context.domains, context.domain_sizes, strict=True))
+        config.source.write_text(json.dumps(shares))
+    return make_policy(config, context)
+
+
 @pytest.fixture(params=POLICIES, ids=str)
 def config(request: pytest.FixtureRequest) -> PolicyConfig:
     return POLICIES[request.param]
@@ -74,7 +99,7 @@ def config(request: pytest.FixtureRequest) -> PolicyConfig:
 @pytest.mark.parametrize("num_domains", [1, 3, 30])
 def test_a_policy_proposes_mixtures(config: PolicyConfig, num_domains: int) -> None:
     context = make_context(num_domains)
-    policy = make_policy(config, context)
+    policy = made(config, context)
     floor = getattr(config, "floor", 0.0)
     assert_is_mixture(policy.propose(Step(0)), num_domains, floor=floor)
     for proposal in SimulatedRun(context=context).play(policy, range(15)):
@@ -83,13 +108,13 @@ def test_a_policy_proposes_mixtures(config: PolicyConfig, num_domains: int) -> N
 
 def test_the_initial_mixture_is_the_first_proposal(config: PolicyConfig) -> None:
     context = make_context()
-    proposal = make_policy(config, context).propose(Step(0))
+    proposal = made(config, context).propose(Step(0))
     assert initial_mixture(config, context) == tuple(proposal)
 
 
 def test_the_same_seed_gives_the_same_mixtures(config: PolicyConfig) -> None:
     context = make_context()
-    first, second = make_policy(config, context), make_policy(config, context)
+    first, second = made(config, context), made(config, context)
     torch.manual_seed(1)
     one = SimulatedRun(context=context).play(first, range(15))
     torch.manual_seed(2)
@@ -100,7 +125,7 @@ def test_the_same_seed_gives_the_same_mixtures(config: PolicyConfig) -> None:
 def test_a_policy_leaves_the_global_generators_alone(config: PolicyConfig) -> None:
     of_torch, of_numpy = torch.get_rng_state(), np.random.get_state(legacy=False)
     context = make_context()
-    SimulatedRun(context=context).play(make_policy(config, context), range(8))
+    SimulatedRun(context=context).play(made(config, context), range(8))
     assert torch.equal(torch.get_rng_state(), of_torch)
     assert str(np.random.get_state(legacy=False)) == str(of_numpy)
 
@@ -113,7 +138,7 @@ def test_saved_and_restored_anywhere_a_policy_goes_on_as_if_never_stopped(
     run = SimulatedRun(context=context, probe_every=probe_every)
     observations = [run.observation(step, (0.5, 0.25, 0.25)) for step in range(15)]
     assert_resumes_exactly(
-        lambda: make_policy(config, context), observations, tmp_path / "policy.safetensors"
+        lambda: made(config, context), observations, tmp_path / "policy.safetensors"
     )
 
 
@@ -127,7 +152,7 @@ def test_a_number_that_is_not_finite_changes_nothing(
 ) -> None:
     context = make_context()
     run = SimulatedRun(context=context)
-    policy = make_policy(config, context)
+    policy = made(config, context)
     run.play(policy, range(steps))
     observation = run.observation(steps, (0.5, 0.25, 0.25))
     spoilt: Any = np.array(getattr(observation, field))
@@ -139,7 +164,7 @@ def test_a_number_that_is_not_finite_changes_nothing(
 def test_a_step_of_which_nothing_is_known_changes_nothing(config: PolicyConfig) -> None:
     context = make_context()
     run = SimulatedRun(context=context)
-    policy = make_policy(config, context)
+    policy = made(config, context)
     run.play(policy, range(12))
     observation = run.observation(12, (0.5, 0.25, 0.25))
     for domain in range(3):
@@ -150,23 +175,24 @@ def test_a_step_of_which_nothing_is_known_changes_nothing(config: PolicyConfig) 
 def test_a_domain_that_never_comes_harms_nothing(config: PolicyConfig) -> None:
     context = make_context()
     run = SimulatedRun(context=context)
-    policy = make_policy(config, context)
+    policy = made(config, context)
     for step in range(15):
         policy.observe(without(run.observation(step, (0.5, 0.25, 0.25)), 1))
         assert_is_mixture(policy.propose(Step(step + 2)), 3)
 
 
 def test_a_policy_that_learns_asks_for_losses(config: PolicyConfig) -> None:
-    needs = make_policy(config, make_context()).needs
-    assert (Statistic.LOSS in needs) == (config.name in ("odm", "acodm"))
-    assert (Statistic.ALIGNMENT in needs) == (config.name == "acodm")
+    needs = made(config, make_context()).needs
+    assert (Statistic.LOSS in needs) == (config.name not in BLIND)
+    by_alignment = ("acodm", "shuffled_reward", "align_eg")
+    assert (Statistic.ALIGNMENT in needs) == (config.name in by_alignment)
 
 
 @pytest.mark.parametrize("other", POLICIES, ids=str)
 def test_a_state_of_another_policy_is_refused(config: PolicyConfig, other: str) -> None:
     context = make_context()
-    policy = make_policy(config, context)
-    state = make_policy(POLICIES[other], context).state()
+    policy = made(config, context)
+    state = made(POLICIES[other], context).state()
     if POLICIES[other] == config:
         policy.restore(state)
         return
@@ -175,13 +201,13 @@ def test_a_state_of_another_policy_is_refused(config: PolicyConfig, other: str) 
 
 
 def test_a_state_of_other_domains_is_refused(config: PolicyConfig) -> None:
-    state = make_policy(config, make_context(4)).state()
+    state = made(config, make_context(4)).state()
     with pytest.raises(ValueError, match=r"domains .*domain-3.*, the run has"):
-        make_policy(config, make_context()).restore(state)
+        made(config, make_context()).restore(state)
 
 
 def test_a_state_without_a_header_is_refused(config: PolicyConfig) -> None:
-    policy = make_policy(config, make_context())
+    policy = made(config, make_context())
     state = policy.state()
     with pytest.raises(ValueError, match="no header"):
         policy.restore(replace(state, values={}))
@@ -190,7 +216,7 @@ def test_a_state_without_a_header_is_refused(config: PolicyConfig) -> None:
 def test_a_returned_state_does_not_change_later(config: PolicyConfig) -> None:
     context = make_context()
     run = SimulatedRun(context=context)
-    policy = make_policy(config, context)
+    policy = made(config, context)
     run.play(policy, range(6))
     state = policy.state()
     held = {name: array.copy() for name, array in state.arrays.items()}

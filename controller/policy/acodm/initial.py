@@ -1,4 +1,4 @@
-"""The mixture before AC-ODM's first decision; told without building a network."""
+"""The mixture before the first decision of AC-ODM and its controls; told without a network."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.policy.base import PolicyContext
-from controller.policy.config import AcodmConfig
+from controller.policy.config import AcodmConfig, RandomActorConfig
 from controller.policy.mixtures import floored, resolve
+from controller.policy.settings_of_rivals import AlignEgConfig
 from protos.errors import ConfigError
 
 
-def initial_shares(config: AcodmConfig, context: PolicyContext) -> NDArray[np.float64]:
+def initial_shares(
+    config: AcodmConfig | AlignEgConfig | RandomActorConfig, context: PolicyContext
+) -> NDArray[np.float64]:
     """Return the first mixture, above the floor.
 
     Raises:

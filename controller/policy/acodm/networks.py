@@ -27,7 +27,7 @@ class Actor(nn.Module):
         """Start near `initial`, [domains] shares above 0, whatever the state is."""
         super().__init__()
         self._floor = floor
-        self._logits = _mlp(state_size, len(initial), width, depth, generator)
+        self._logits = mlp(state_size, len(initial), width, depth, generator)
         head = self._logits[-1]
         assert isinstance(head, nn.Linear)
         with torch.no_grad():
@@ -57,7 +57,7 @@ class Critic(nn.Module):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self._values = _mlp(state_size + num_domains, num_values, width, depth, generator)
+        self._values = mlp(state_size + num_domains, num_values, width, depth, generator)
 
     def forward(self, states: Tensor, mixtures: Tensor) -> Tensor:
         """Return [batch, values]."""
@@ -69,9 +69,10 @@ _HEAD_SCALE = 0.01
 """A head this small lets its bias decide at first."""
 
 
-def _mlp(
+def mlp(
     inputs: int, outputs: int, width: int, depth: int, generator: torch.Generator
 ) -> nn.Sequential:
+    """Return `depth` x [Linear, LayerNorm, ReLU] and a linear head, initialised as torch would."""
     layers: list[nn.Module] = []
     for layer in range(depth):
         layers += [

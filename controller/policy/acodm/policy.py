@@ -146,7 +146,7 @@ class AcodmPolicy:
         state = self._tracker.update(observation)
         self._moments.update(state)
         if observation.alignment is not None:
-            rewards = self._rewards.update(observation)
+            rewards = self._reward(observation)
             if self._last_state is not None:
                 self._replay.push(
                     observation.step,
@@ -160,6 +160,10 @@ class AcodmPolicy:
         self._last_state = state
         self._num_observed += 1
         return state
+
+    def _reward(self, observation: StepObservation) -> NDArray[np.float64]:
+        """Return the [domains] rewards of a step with an alignment."""
+        return self._rewards.update(observation)
 
     def _learn(self) -> None:
         if not len(self._replay):
