@@ -76,7 +76,7 @@ class ControllerHost:
             raise NotReady(f"the controller has not stopped after {timeout_s:g} s")
 
     def _drain(self, timeout_s: float) -> None:
-        client = AdminClient(self._address.result())
+        client = AdminClient(self._address.result(), security=self._config.wire_security)
         try:
             client.drain(timeout_s=timeout_s)
         finally:

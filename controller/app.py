@@ -33,7 +33,7 @@ from controller.workers import Workers
 from protos.dataset_index import DatasetIndex
 from protos.errors import AlreadyServing, ConfigError, IndexMismatch, TokenizerInvalid
 from protos.security import split_address
-from protos.server import serving_controller
+from protos.server import check_guard, serving_controller
 from protos.spec import RunSpec
 from protos.tokenizer import TokenizerInfo, describe_tokenizer
 from protos.types import Mixture
@@ -64,8 +64,10 @@ def check_first(config: RunConfig) -> None:
 
     Raises:
         AlreadyServing: the port is taken.
+        ConfigError: a certificate or a token file cannot be used.
         DataError: the tokenizer cannot be used.
     """
+    check_guard(config.address, config.wire_security)
     _check_port(config.address)
     _tokenizer(config)
 
@@ -78,6 +80,7 @@ def prepare(config: RunConfig) -> Prepared:
         UnknownDomain: a mixture names a domain that the run does not have.
         DataError: the index or the tokenizer cannot be used.
     """
+    check_guard(config.address, config.wire_security)
     index_bytes = _read(config.data.index)
     index = DatasetIndex.from_parquet(index_bytes, source=str(config.data.index))
     tokenizer_bytes, tokenizer = _tokenizer(config)

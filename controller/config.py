@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from controller.config_errors import first_sentence
+from controller.config_section import Section
+from controller.config_security import SecuritySection
 from controller.guard import GuardConfig
 from controller.policy.base import Statistic
 from controller.policy.config import PolicyConfig, ScheduleConfig
@@ -23,12 +30,6 @@ from protos.tokenizer import TokenizerInfo
 Whole = Annotated[int, Field(strict=True, ge=0)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """A part of the run file: unknown keys are errors, and nothing changes once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DomainSection(Section):
@@ -137,13 +138,6 @@ class WorkersSection(Section):
     threads: Count = 1
 
 
-class SecuritySection(Section):
-    """How the controller's port is guarded."""
-
-    insecure: bool = False
-    """Bind an address beyond this machine without encryption or credentials."""
-
-
 class RunConfig(Section):
     """A whole run file."""
 
@@ -194,8 +188,8 @@ class RunConfig(Section):
 
     @property
     def wire_security(self) -> Security:
-        """The `security` section as the servers take it."""
-        return Security(insecure=self.security.insecure)
+        """The `security` section as both ends of a connection take it."""
+        return self.security.on_the_wire()
 
     @property
     def bad_limit(self) -> float:

@@ -6,6 +6,7 @@ import contextlib
 import enum
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,8 @@ def start_workers(config: RunConfig, address: str, cache: Path, *, say: Say) -> 
             threads=config.workers.threads,
             worker_id=name,
             run_id=config.run,
-            security=config.wire_security,
+            # What workers need of it: not the token that steers the run.
+            security=replace(config.wire_security, admin_token_file=None),
         )
         actor = LoaderActor.options(num_cpus=1, max_restarts=-1).remote(settings)  # type: ignore[attr-defined]
         workers.append(WatchedActor(f"loader {name}", actor, ping="stats", say=say))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +12,7 @@ from rich.console import Console
 
 from controller.config import load_run_file
 from deploy.exits import told
+from deploy.on_run import on_run
 from deploy.progress import status_panel
 from protos.client import AdminClient
 from protos.errors import ConfigError
@@ -23,26 +22,16 @@ _TIMEOUT_S = 5.0
 _WORK_TIMEOUT_S = 60.0
 """For what has the controller save the policy's state, or close all steps that are reported."""
 
-Address = Annotated[str, typer.Argument(help="HOST:PORT of the controller.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 
 mixture = typer.Typer(help="The mixture of a live run.", no_args_is_help=True)
 
 
-@contextmanager
-def _admin(address: str) -> Iterator[AdminClient]:
-    client = AdminClient(address)
-    try:
-        yield client
-    finally:
-        client.close()
-
-
 @told
-def status(address: Address = "127.0.0.1:7700", as_json: JsonOption = False) -> None:
+@on_run(default="127.0.0.1:7700")
+def status(admin: AdminClient, *, as_json: JsonOption = False) -> None:
     """Say how a live run stands: steps, policy, mixture, losses, workers, quarantines."""
-    with _admin(address) as admin:
-        found = admin.status(timeout_s=_TIMEOUT_S)
+    found = admin.status(timeout_s=_TIMEOUT_S)
     if as_json:
         print(json.dumps(status_json(found), indent=2))
         return
@@ -116,16 +105,16 @@ def _finite(value: float) -> float | None:
 
 @mixture.command("set")
 @told
+@on_run()
 def set_mixture(
-    address: Address,
+    admin: AdminClient,
     shares: Annotated[
         list[str], typer.Argument(help="DOMAIN=SHARE ..., scaled to 1; the others get 0.")
     ],
 ) -> None:
     """Override the policy until `headrace resume`; say which step obeys first."""
     wanted = dict(map(_share, shares))
-    with _admin(address) as admin:
-        first_step = admin.set_mixture(wanted, timeout_s=_TIMEOUT_S)
+    first_step = admin.set_mixture(wanted, timeout_s=_TIMEOUT_S)
     print(f"holds from step {first_step} on")
 
 
@@ -140,36 +129,36 @@ def _share(text: str) -> tuple[str, float]:
 
 
 @told
-def freeze(address: Address) -> None:
+@on_run()
+def freeze(admin: AdminClient) -> None:
     """Hold the mixture in force until `headrace resume`."""
-    with _admin(address) as admin:
-        admin.freeze(timeout_s=_TIMEOUT_S)
+    admin.freeze(timeout_s=_TIMEOUT_S)
     print("the mixture is held")
 
 
 @told
-def resume(address: Address) -> None:
+@on_run()
+def resume(admin: AdminClient) -> None:
     """Give the decision back to the policy, after `mixture set` or `freeze`."""
-    with _admin(address) as admin:
-        admin.resume(timeout_s=_TIMEOUT_S)
+    admin.resume(timeout_s=_TIMEOUT_S)
     print("the policy decides again")
 
 
 @told
-def snapshot(address: Address) -> None:
+@on_run()
+def snapshot(admin: AdminClient) -> None:
     """Save the policy's state on the controller's machine; print the path."""
-    with _admin(address) as admin:
-        print(admin.snapshot_policy(timeout_s=_WORK_TIMEOUT_S))
+    print(admin.snapshot_policy(timeout_s=_WORK_TIMEOUT_S))
 
 
 @told
-def drain(address: Address) -> None:
+@on_run()
+def drain(admin: AdminClient) -> None:
     """Tell controller and workers that the run is over: no more decisions.
 
     Ranks that still train get the steps that are decided already, then an error that says so.
     """
-    with _admin(address) as admin:
-        admin.drain(timeout_s=_WORK_TIMEOUT_S)
+    admin.drain(timeout_s=_WORK_TIMEOUT_S)
     print("drained")
 
 

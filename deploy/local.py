@@ -131,13 +131,13 @@ def _train(
             actors += start_workers(config, address, cache, say=progress.say)
             for actor in actors[1:]:
                 actor.wait_started()
-        admin = AdminClient(address)
+        admin = AdminClient(address, security=config.wire_security)
         stack.callback(admin.close)
         started = time.monotonic()
         trainer = ChildProcess(
             trainer_command(options, training, config, address),
             log=options.out / TRAINER_LOG,
-            env=trainer_environment(),
+            env=trainer_environment(config),
         )
         watch = _Watch(admin, trainer, actors, progress, stop)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from controller.config import RunConfig
@@ -92,8 +92,9 @@ def trainer_command(
     return command
 
 
-def trainer_environment() -> dict[str, str]:
+def trainer_environment(config: RunConfig) -> dict[str, str]:
     """Return the environment of the training script."""
+    security = replace(config.wire_security, admin_token_file=None)
     ours = {
         "PYTHONPATH": python_path(),
         "PYTHONUNBUFFERED": "1",
@@ -102,4 +103,4 @@ def trainer_environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
     }
-    return {**os.environ, **ours}
+    return {**os.environ, **ours, **security.to_environment()}

@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--advertise", default="", metavar="HOST", help="name that ranks use")
     parser.add_argument("--worker-id", default="")
     parser.add_argument("--run", default="", help="refuse any other run than this one")
-    parser.add_argument("--insecure", action="store_true", help="serve other hosts without TLS")
+    _add_security(parser)
     arguments = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level="INFO")
     # One thread a shard: `--threads` alone says how many cores tokenizing may take.
@@ -49,13 +49,46 @@ def main() -> int:
             advertise=arguments.advertise,
             worker_id=arguments.worker_id,
             run_id=arguments.run,
-            security=Security(insecure=arguments.insecure),
+            security=_security(arguments),
         )
         run_worker(settings, stop=stop, on_ready=lambda endpoint: print(endpoint, flush=True))
     except HeadraceError as error:
         print(f"loader worker: {error}", file=sys.stderr)
         return _EXIT_FAILED
     return 0
+
+
+_FILES = {
+    "token_file": "holds the run's join token",
+    "ca": "authorities of the controller's certificate (PEM)",
+    "cert": "this worker's certificate (PEM)",
+    "key": "its key (PEM)",
+    "client_ca": "authorities that must vouch for ranks: mutual TLS",
+}
+
+
+def _add_security(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "security", "Files; they are read again when they change. HEADRACE_ variables stand in."
+    )
+    for name, what in _FILES.items():
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, type=Path, metavar="FILE", help=what)
+    group.add_argument("--server-name", default="", help="in the controller's certificate")
+    group.add_argument("--insecure", action="store_true", help="serve other hosts without TLS")
+
+
+def _security(arguments: argparse.Namespace) -> Security:
+    found = Security.from_environment(os.environ)
+    return Security(
+        ca=arguments.ca or found.ca,
+        cert=arguments.cert or found.cert,
+        key=arguments.key or found.key,
+        client_ca=arguments.client_ca,
+        server_name=arguments.server_name or found.server_name,
+        join_token_file=arguments.token_file or found.join_token_file,
+        insecure=arguments.insecure,
+    )
 
 
 if __name__ == "__main__":

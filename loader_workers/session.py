@@ -15,6 +15,7 @@ from protos.errors import (
     HeadraceError,
     IndexMismatch,
     InvalidMessage,
+    NotAuthenticated,
     NotReady,
     Retryable,
     TokenizerInvalid,
@@ -174,8 +175,11 @@ class ControllerSession:
             except Retryable as error:
                 heard, reason = False, str(error)
             except HeadraceError as error:
-                self._end(error)
-                return
+                # A token that was good may have been renewed at the controller first.
+                if not (isinstance(error, NotAuthenticated) and self.ready.is_set()):
+                    self._end(error)
+                    return
+                heard, reason = False, str(error)
             except Exception as error:
                 logger.exception("%s failed unexpectedly worker=%s", name, self._worker_id)
                 self._end(InvalidMessage(f"{name} failed: {error}"))

@@ -75,6 +75,11 @@ class WorkerSettings:
                 "workers.threads must be at least 1, workers.cache_bytes and window_bytes not "
                 f"negative, got {self.threads}, {self.cache_bytes} and {self.window_bytes}"
             )
+        if self.security.calls_tls and not self.security.serves_tls:
+            raise ConfigError(
+                "ranks that reach the controller over TLS expect it of workers, too: give this "
+                "worker a certificate and a key (--cert, --key)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
 
 import protos.errors as errors
 from protos.errors import HeadraceError, InvalidMessage, NotReady, Rejected, Retryable
+from protos.security import Security, check_call
+from protos.show_token import ShowToken
+from protos.tls import ChannelFiles, ClientPems, channel_credentials
+from protos.tokens import token_file
 
 ERROR_KEY = "headrace-error"
 """Trailing metadata that names the class of an error."""
@@ -47,7 +52,7 @@ _CLASS_OF_STATUS: dict[grpc.StatusCode, type[HeadraceError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: NotReady,
     grpc.StatusCode.ABORTED: NotReady,
     grpc.StatusCode.PERMISSION_DENIED: errors.AccessRefused,
-    grpc.StatusCode.UNAUTHENTICATED: errors.AccessRefused,
+    grpc.StatusCode.UNAUTHENTICATED: errors.NotAuthenticated,
 }
 
 
@@ -99,27 +104,73 @@ def raising_ours(unreachable: type[Retryable], peer: str) -> Iterator[None]:
 class LazyChannel:
     """A channel that is opened when first used, once in each process.
 
-    A channel does not survive a fork; a child that finds its parent's opens its own.
+    A channel does not survive a fork; a child that finds its parent's opens its own. When the files
+    that it was made of change, calls that begin from then on go over a new one; streams that are
+    open go on over the old one to their end.
     """
 
-    def __init__(self, address: str, options: list[tuple[str, Any]]) -> None:
+    def __init__(
+        self,
+        address: str,
+        options: list[tuple[str, Any]],
+        *,
+        security: Security | None = None,
+        token_path: Path | None = None,
+    ) -> None:
+        """Read the files; nothing is opened yet.
+
+        Args:
+            address: `host:port`.
+            options: gRPC's.
+            security: how the calls are guarded.
+            token_path: the token that is shown with every call.
+
+        Raises:
+            ConfigError: a file cannot be used, or the token would travel in the clear.
+        """
+        security = security or Security()
+        check_call(address, security, token_path)
         self._address = address
-        self._options = options
+        self._options = list(options)
+        if security.server_name:
+            self._options.append(("grpc.ssl_target_name_override", security.server_name))
+        self._files = ChannelFiles(security)
+        self._token = token_file(token_path) if token_path is not None else None
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
+        self._retired: list[grpc.Channel] = []
+        self._pems: ClientPems | None = None
         self._pid = -1
 
     def get(self, pid: int) -> grpc.Channel:
         """Return this process's channel."""
         with self._lock:
-            if self._channel is None or self._pid != pid:
-                self._channel = grpc.insecure_channel(self._address, options=self._options)
-                self._pid = pid
+            pems = self._files.pems()
+            if self._pid != pid:
+                self._channel, self._retired = None, []
+            if self._channel is not None and pems != self._pems:
+                self._retired.append(self._channel)
+                self._channel = None
+            if self._channel is None:
+                self._channel, self._pems, self._pid = self._open(pems), pems, pid
             return self._channel
+
+    def _open(self, pems: ClientPems | None) -> grpc.Channel:
+        if pems is None:
+            channel = grpc.insecure_channel(self._address, options=self._options)
+        else:
+            channel = grpc.secure_channel(
+                self._address, channel_credentials(pems), options=self._options
+            )
+        if self._token is None:
+            return channel
+        return grpc.intercept_channel(channel, ShowToken(self._token))
 
     def close(self, pid: int) -> None:
         """Close it, if this process opened it; closing twice does no harm."""
         with self._lock:
-            if self._channel is not None and self._pid == pid:
-                self._channel.close()
-            self._channel = None
+            if self._pid == pid:
+                for channel in (*self._retired, self._channel):
+                    if channel is not None:
+                        channel.close()
+            self._channel, self._retired = None, []

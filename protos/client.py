@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -77,11 +78,24 @@ class Stream(Iterator[T], Generic[T]):
 
 
 class _Client:
-    def __init__(self, address: str, *, max_bytes: int, unreachable: type[Retryable]) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        max_bytes: int,
+        unreachable: type[Retryable],
+        security: Security | None,
+        token_path: Path | None,
+    ) -> None:
         split_address(address)
         self.address = address
         self._unreachable = unreachable
-        self._channel = LazyChannel(address, [*CLIENT_OPTIONS, *size_options(max_bytes)])
+        self._channel = LazyChannel(
+            address,
+            [*CLIENT_OPTIONS, *size_options(max_bytes)],
+            security=security,
+            token_path=token_path,
+        )
 
     def _open(self) -> grpc.Channel:
         return self._channel.get(os.getpid())
@@ -102,8 +116,13 @@ class ControlClient(_Client):
     """
 
     def __init__(self, address: str, *, security: Security | None = None) -> None:
-        del security  # only a server has something to guard so far
-        super().__init__(address, max_bytes=MAX_CONTROL_BYTES, unreachable=ControllerUnreachable)
+        super().__init__(
+            address,
+            max_bytes=MAX_CONTROL_BYTES,
+            unreachable=ControllerUnreachable,
+            security=security,
+            token_path=security.join_token_file if security is not None else None,
+        )
 
     def _stub(self) -> control_pb2_grpc.ControlStub:
         return control_pb2_grpc.ControlStub(self._open())
@@ -144,8 +163,13 @@ class AdminClient(_Client):
     """The controller, for operators. Every call takes `timeout_s` and may be repeated."""
 
     def __init__(self, address: str, *, security: Security | None = None) -> None:
-        del security  # only a server has something to guard so far
-        super().__init__(address, max_bytes=MAX_CONTROL_BYTES, unreachable=ControllerUnreachable)
+        super().__init__(
+            address,
+            max_bytes=MAX_CONTROL_BYTES,
+            unreachable=ControllerUnreachable,
+            security=security,
+            token_path=security.admin_token_file if security is not None else None,
+        )
 
     def _stub(self) -> admin_pb2_grpc.AdminStub:
         return admin_pb2_grpc.AdminStub(self._open())
@@ -188,8 +212,13 @@ class DataClient(_Client):
     """One loader worker, for a rank."""
 
     def __init__(self, endpoint: str, *, security: Security | None = None) -> None:
-        del security  # only a server has something to guard so far
-        super().__init__(endpoint, max_bytes=MAX_BATCH_BYTES, unreachable=WorkerUnreachable)
+        super().__init__(
+            endpoint,
+            max_bytes=MAX_BATCH_BYTES,
+            unreachable=WorkerUnreachable,
+            security=security,
+            token_path=security.join_token_file if security is not None else None,
+        )
 
     def stream_batches(
         self,
@@ -216,18 +245,25 @@ class DataClient(_Client):
 
 
 def healthy(address: str, *, timeout_s: float, security: Security | None = None) -> bool:
-    """Ask the standard health service of a controller or worker whether it serves."""
+    """Ask the standard health service of a controller or worker whether it serves.
+
+    Either token opens it, where it asks for one.
+    """
     from grpc_health.v1 import health_pb2  # not among what a trainer installs
 
-    del security
-    with grpc.insecure_channel(address, options=CLIENT_OPTIONS) as channel:
-        check = channel.unary_unary(
+    token_path = None
+    if security is not None:
+        token_path = security.join_token_file or security.admin_token_file
+    lazy = LazyChannel(address, CLIENT_OPTIONS, security=security, token_path=token_path)
+    try:
+        check = lazy.get(os.getpid()).unary_unary(
             "/grpc.health.v1.Health/Check",
             request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
             response_deserializer=health_pb2.HealthCheckResponse.FromString,
         )
-        try:
-            answer = check(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True)
-        except grpc.RpcError:
-            return False
+        answer = check(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True)
+    except grpc.RpcError:
+        return False
+    finally:
+        lazy.close(os.getpid())
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

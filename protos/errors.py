@@ -12,7 +12,8 @@
     - Disagreement              ranks, or a rank and the run, differ in a setting
     - WrongRun
     - StaleGeneration           another membership of ranks has begun since
-    - AccessRefused
+    - NotAuthenticated          no token came with the call, or none that is known
+    - AccessRefused             the token is known, but for other calls
   + ConfigError                 run file, command line, environment
   + AlreadyServing              another controller holds the ledger or the port
   + DataError
@@ -77,8 +78,12 @@ class StaleGeneration(Rejected):
     """Another membership of ranks has begun since the caller joined."""
 
 
+class NotAuthenticated(Rejected):
+    """No token came with the call, or one that is not known; right once the token is renewed."""
+
+
 class AccessRefused(Rejected):
-    """The caller's credentials do not allow this."""
+    """The caller's token is known, but does not allow this."""
 
 
 class ConfigError(HeadraceError):
@@ -127,6 +132,7 @@ STATUS_OF: dict[type[HeadraceError], str] = {
     Disagreement: "FAILED_PRECONDITION",
     WrongRun: "FAILED_PRECONDITION",
     StaleGeneration: "ABORTED",
+    NotAuthenticated: "UNAUTHENTICATED",
     AccessRefused: "PERMISSION_DENIED",
     ConfigError: "FAILED_PRECONDITION",
     AlreadyServing: "ALREADY_EXISTS",

@@ -21,8 +21,11 @@ from protos.channel import (
     status_of,
 )
 from protos.errors import AlreadyServing, HeadraceError
+from protos.gate import AioGate, Gate
 from protos.security import Security, check_bind, split_address
 from protos.services import AdminService, ControlService, DataService
+from protos.tls import server_credentials
+from protos.tokens import Gatekeeper
 from protos.types import Credit, Generation, WorkerBeat
 from protos.wire import (
     admin_pb2,
@@ -189,6 +192,32 @@ class _Data(data_pb2_grpc.DataServicer):
             context.abort(grpc.StatusCode.INTERNAL, "internal error; the worker's log has more")
 
 
+def check_guard(address: str, security: Security) -> None:
+    """Check all that a server of this address would be guarded by.
+
+    Raises:
+        ConfigError: the address may not be bound (see `protos.security.check_bind`), or a
+            certificate or a token file cannot be used.
+    """
+    check_bind(address, security)
+    Gatekeeper(security)
+    server_credentials(security)
+
+
+def _bind(server: grpc.Server | grpc.aio.Server, address: str, security: Security) -> int:
+    credentials = server_credentials(security)
+    try:
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise _taken(address, error) from None
+    if port == 0:
+        raise _taken(address, None)
+    return port
+
+
 def _taken(address: str, error: Exception | None) -> AlreadyServing:
     return AlreadyServing(
         f"cannot serve {address}: the port is in use or the address is not this machine's; "
@@ -216,20 +245,19 @@ async def serving_controller(
 
     Raises:
         AlreadyServing: the port is taken.
-        ConfigError: the address may not be bound; see `protos.security.check_bind`.
+        ConfigError: see `check_guard`.
     """
-    check_bind(address, security or Security())
-    server = grpc.aio.server(options=[*SERVER_OPTIONS, *size_options(MAX_CONTROL_BYTES)])
+    guard = security or Security()
+    check_guard(address, guard)
+    server = grpc.aio.server(
+        interceptors=[AioGate(Gatekeeper(guard))],
+        options=[*SERVER_OPTIONS, *size_options(MAX_CONTROL_BYTES)],
+    )
     control_pb2_grpc.add_ControlServicer_to_server(_Control(control), server)
     admin_pb2_grpc.add_AdminServicer_to_server(_Admin(admin), server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise _taken(address, error) from None
-    if port == 0:
-        raise _taken(address, None)
+    port = _bind(server, address, guard)
     await server.start()
     for name in ("", "headrace.v1.Control", "headrace.v1.Admin"):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -260,24 +288,21 @@ def serving_data(
 
     Raises:
         AlreadyServing: the port is taken.
-        ConfigError: the address may not be bound; see `protos.security.check_bind`.
+        ConfigError: see `check_guard`.
     """
-    check_bind(address, security or Security())
+    guard = security or Security()
+    check_guard(address, guard)
     threads = ThreadPoolExecutor(max_streams + 4, thread_name_prefix="headrace-data")
     server = grpc.server(
         threads,
+        interceptors=[Gate(Gatekeeper(guard))],
         options=[*SERVER_OPTIONS, *size_options(MAX_BATCH_BYTES)],
         maximum_concurrent_rpcs=max_streams + 4,
     )
     data_pb2_grpc.add_DataServicer_to_server(_Data(service), server)
     checks = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise _taken(address, error) from None
-    if port == 0:
-        raise _taken(address, None)
+    port = _bind(server, address, guard)
     server.start()
     for name in ("", "headrace.v1.Data"):
         checks.set(name, health_pb2.HealthCheckResponse.SERVING)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.errors import Disagreement, HeadraceError, NotReady
+from protos.security import Security
 from protos.server import serving_controller, serving_data
 from protos.slots import lanes_of, rank_slots
 from protos.spec import ProbeSpec, RunSpec
@@ -263,7 +264,7 @@ class FakeController:
 
 
 @contextmanager
-def serving(controller: FakeController) -> Iterator[str]:
+def serving(controller: FakeController, security: Security | None = None) -> Iterator[str]:
     """Serve the controller from a thread; yield its address."""
     bound: list[str] = []
     ready = threading.Event()
@@ -273,7 +274,7 @@ def serving(controller: FakeController) -> Iterator[str]:
     async def serve() -> None:
         loops.append(asyncio.get_running_loop())
         async with serving_controller(
-            controller, controller, address="127.0.0.1:0", drain_s=0.1
+            controller, controller, address="127.0.0.1:0", security=security, drain_s=0.1
         ) as address:
             bound.append(address)
             ready.set()
@@ -292,8 +293,11 @@ def serving(controller: FakeController) -> Iterator[str]:
 class FakeRun:
     """A controller and some workers that share the lanes evenly."""
 
-    def __init__(self, spec: RunSpec, *, num_workers: int = 2) -> None:
+    def __init__(
+        self, spec: RunSpec, *, num_workers: int = 2, security: Security | None = None
+    ) -> None:
         self.spec = spec
+        self.security = security
         self.workers = [FakeWorker(spec) for _ in range(num_workers)]
         self.controller = FakeController(spec, [])
         self.address = ""
@@ -303,14 +307,16 @@ class FakeRun:
     def serving(self) -> Iterator[FakeRun]:
         with ExitStack() as stack:
             self.endpoints = [
-                stack.enter_context(serving_data(worker, address="127.0.0.1:0", drain_s=0.1))
+                stack.enter_context(
+                    serving_data(worker, address="127.0.0.1:0", security=self.security, drain_s=0.1)
+                )
                 for worker in self.workers
             ]
             lanes = self.spec.lanes
             self.controller.endpoints = [
                 self.endpoints[lane * len(self.endpoints) // lanes] for lane in range(lanes)
             ]
-            self.address = stack.enter_context(serving(self.controller))
+            self.address = stack.enter_context(serving(self.controller, self.security))
             yield self
 
 

@@ -31,6 +31,7 @@ from protos.errors import (
     Disagreement,
     HeadraceError,
     JoinTimeout,
+    NotAuthenticated,
     NotReady,
     Rejected,
     Retryable,
@@ -38,6 +39,7 @@ from protos.errors import (
     WorkerUnreachable,
     WrongRun,
 )
+from protos.security import Security
 from trainer_client.batches import Batch
 from trainer_client.checkpoint import merge_states
 from trainer_client.probe import GradientProbe
@@ -53,9 +55,11 @@ __all__ = [
     "GradientProbe",
     "HeadraceError",
     "JoinTimeout",
+    "NotAuthenticated",
     "NotReady",
     "Rejected",
     "Retryable",
+    "Security",
     "Session",
     "StaleGeneration",
     "WorkerUnreachable",

@@ -103,7 +103,8 @@ def join(control: ControlClient, wanted: Wanted, resume: Resume | None) -> Membe
     except ControllerUnreachable as error:
         raise ControllerUnreachable(
             f"cannot reach the controller at {control.address} after {wanted.timeout_s:g} s: start "
-            "it (headrace controller run.yaml) or check the address and the firewall"
+            "it (headrace controller run.yaml) or check the address, the firewall and, with TLS, "
+            f"the certificates ({error})"
         ) from error
     return _membership(wanted, answer)
 

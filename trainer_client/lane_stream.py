@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from protos.client import ControlClient, DataClient, Stream
-from protos.errors import Retryable, WorkerUnreachable
+from protos.errors import NotAuthenticated, Retryable, WorkerUnreachable
 from protos.retry import Retry
 from protos.types import Credit, Lane, LaneEndpoint, OpenStream, StepBatch
 from trainer_client.joining import Membership
@@ -116,6 +116,9 @@ class LaneStream(threading.Thread):
                 cause: Retryable = WorkerUnreachable(f"{self.endpoint} ended the stream")
             except Retryable as error:
                 cause = error
+            except NotAuthenticated as error:
+                # The worker took this token before: it was renewed there first.
+                cause = WorkerUnreachable(f"{self.endpoint} lets nobody in: {error}")
             if self._done():
                 return
             next_step = self._buffer.next_step(self.lanes[0])
@@ -193,8 +196,9 @@ class LaneStream(threading.Thread):
     def _find_workers(self) -> None:
         try:
             endpoints = self._control.locate(self._member.generation)
-        except Retryable as error:
-            # The controller is away; the worker may come back at its old address.
+        except (Retryable, NotAuthenticated) as error:
+            # The controller is away, or has renewed its token first; the worker may come back at
+            # its old address.
             logger.info("cannot ask who serves lanes %s: %s", self.lanes, error)
             return
         groups = group_lanes(self.lanes, endpoints)

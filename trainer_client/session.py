@@ -56,13 +56,16 @@ def connect(
         resume: what `Session.state_dict` returned, or `merge_states` of all ranks.
         timeout_s: how long to wait for the controller, its workers and the other ranks.
         delivery_log: folder for a line about each sequence received; None: no log.
-        security: how to talk to controller and workers.
+        security: the files by which to talk to controller and workers; by default those that
+            HEADRACE_CA, HEADRACE_JOIN_TOKEN_FILE, HEADRACE_CERT, HEADRACE_KEY and
+            HEADRACE_SERVER_NAME name.
 
     Raises:
         ControllerUnreachable: nobody answers at `address`.
         JoinTimeout: not all ranks came in time.
         Disagreement: ranks, or a rank and the run, differ in a setting, or `resume` is of another
             order of the data.
+        NotAuthenticated: the controller does not know the token, or none was given.
         ConfigError: rank, world size, address or `resume` are wrong in themselves.
     """
     # Here and not above, so that importing trainer_client does not import grpc.
@@ -79,7 +82,7 @@ def connect(
         global_sequences=global_sequences or 0,
         sequence_length=sequence_length or 0,
         timeout_s=timeout_s,
-        security=security or Security(),
+        security=security or Security.from_environment(os.environ),
     )
     control = ControlClient(address, security=wanted.security)
     try:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -20,27 +18,18 @@ from protos.errors import (
     UnknownDomain,
     WorkerUnreachable,
 )
-from protos.server import serving_controller, serving_data
-from protos.spec import RunSpec
-from protos.status import RunStatus
+from protos.server import serving_data
 from protos.types import (
     Beat,
-    BlobChunk,
     Credit,
     Generation,
-    JoinAnswer,
     JoinRequest,
-    LaneEndpoint,
     OpenStream,
-    PlanEvent,
     Rank,
-    ReportAnswer,
-    StepBatch,
-    StepReport,
     WorkerBeat,
 )
+from tests.fakes_services import ScriptedController, ScriptedWorker, serving
 from tests.property.test_codec import (
-    ANSWER,
     BEAT,
     ENDPOINT,
     JOIN,
@@ -49,115 +38,11 @@ from tests.property.test_codec import (
     REPORT,
     SPEC,
     STATUS,
-    _batch,
 )
 
 
-class ScriptedController:
-    """Answers as told; keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.beats: list[WorkerBeat] = []
-        self.watchers_gone = threading.Event()
-        self.fail_with: Exception | None = None
-
-    async def join(self, request: JoinRequest) -> JoinAnswer:
-        if request.rank == Rank(0):
-            raise Disagreement("rank 0 says 8, rank 1 says 4")
-        return ANSWER
-
-    async def locate(self, generation: Generation) -> Sequence[LaneEndpoint]:
-        return [ENDPOINT]
-
-    async def report(self, report: StepReport) -> ReportAnswer:
-        if self.fail_with is not None:
-            raise self.fail_with
-        return ReportAnswer(plan_version=report.plan_version, sealed_through=5, counted=True)
-
-    async def watch_plans(self, worker_id: str) -> AsyncIterator[PlanEvent]:
-        try:
-            yield PlanEvent(generation=Generation(1), plans=(PLAN,), sealed_through=8, reset=True)
-            await asyncio.Event().wait()
-        finally:
-            self.watchers_gone.set()
-
-    async def enlist(
-        self, beats: AsyncIterator[WorkerBeat]
-    ) -> AsyncIterator[RunSpec | BlobChunk | Beat]:
-        yield SPEC
-        async for beat in beats:
-            self.beats.append(beat)
-            yield Beat()
-
-    async def status(self) -> RunStatus:
-        return STATUS
-
-    async def set_mixture(self, shares: Mapping[str, float]) -> int:
-        raise UnknownDomain(f"no domain {next(iter(shares))!r}")
-
-    async def freeze(self) -> None: ...
-
-    async def resume(self) -> None: ...
-
-    async def snapshot_policy(self) -> str:
-        return "/snapshots/7"
-
-    async def drain(self) -> None: ...
-
-
-@contextmanager
-def _serving(controller: ScriptedController, address: str = "127.0.0.1:0") -> Iterator[str]:
-    bound: list[str] = []
-    failed: list[Exception] = []
-    ready, stop = threading.Event(), asyncio.Event()
-    loops: list[asyncio.AbstractEventLoop] = []
-
-    async def serve() -> None:
-        loops.append(asyncio.get_running_loop())
-        try:
-            async with serving_controller(controller, controller, address=address) as where:
-                bound.append(where)
-                ready.set()
-                await stop.wait()
-        except Exception as error:
-            failed.append(error)
-            ready.set()
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    try:
-        assert ready.wait(10)
-        if failed:
-            raise failed[0]
-        yield bound[0]
-    finally:
-        if not failed:
-            loops[0].call_soon_threadsafe(stop.set)
-        thread.join(10)
-        assert not thread.is_alive()
-
-
-class ScriptedWorker:
-    """Sends one batch for every credit."""
-
-    def __init__(self) -> None:
-        self.rank_left = threading.Event()
-
-    def stream_batches(self, opening: OpenStream, credits: Iterator[Credit]) -> Iterator[StepBatch]:
-        if opening.generation > 5:
-            raise StaleGeneration("generation 6 is not known here")
-        try:
-            for _ in range(opening.credits):
-                yield _batch("<u4")
-            for credit in credits:
-                for _ in range(credit.steps):
-                    yield _batch("<u4")
-        finally:  # the credits end, or the generator is closed while it waits to be asked again
-            self.rank_left.set()
-
-
 def test_unary_calls_answer_in_our_types() -> None:
-    with _serving(ScriptedController()) as address:
+    with serving(ScriptedController()) as address:
         client, admin = ControlClient(address), AdminClient(address)
         assert client.join(JOIN).spec == SPEC
         assert client.locate(Generation(1)) == (ENDPOINT,)
@@ -175,7 +60,7 @@ def test_unary_calls_answer_in_our_types() -> None:
 
 def test_an_error_comes_back_as_itself_with_its_sentence() -> None:
     controller = ScriptedController()
-    with _serving(controller) as address:
+    with serving(controller) as address:
         client, admin = ControlClient(address), AdminClient(address)
         first = JoinRequest(rank=Rank(0), world_size=2, attempt_id="a")
         with pytest.raises(Disagreement, match="^rank 0 says 8, rank 1 says 4$"):
@@ -192,7 +77,7 @@ def test_an_error_comes_back_as_itself_with_its_sentence() -> None:
 def test_an_unexpected_error_says_nothing_of_its_cause(caplog: pytest.LogCaptureFixture) -> None:
     controller = ScriptedController()
     controller.fail_with = RuntimeError("secret")
-    with _serving(controller) as address:
+    with serving(controller) as address:
         client = ControlClient(address)
         with pytest.raises(ControllerUnreachable) as raised:
             client.report(REPORT)
@@ -203,7 +88,7 @@ def test_an_unexpected_error_says_nothing_of_its_cause(caplog: pytest.LogCapture
 
 def test_plans_stream_until_cancelled() -> None:
     controller = ScriptedController()
-    with _serving(controller) as address:
+    with serving(controller) as address:
         client = ControlClient(address)
         stream = client.watch_plans("w")
         assert next(stream).plans == (PLAN,)
@@ -215,7 +100,7 @@ def test_plans_stream_until_cancelled() -> None:
 
 def test_a_worker_enlists_and_beats() -> None:
     controller = ScriptedController()
-    with _serving(controller) as address:
+    with serving(controller) as address:
         client = ControlClient(address)
         done = threading.Event()
 
@@ -241,9 +126,9 @@ def test_nobody_there_is_said_with_the_address() -> None:
 
 def test_a_second_server_on_the_port_is_refused() -> None:
     with (
-        _serving(ScriptedController()) as address,
+        serving(ScriptedController()) as address,
         pytest.raises(AlreadyServing, match=address),
-        _serving(ScriptedController(), address),
+        serving(ScriptedController(), address),
     ):
         pass
 
