@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -160,6 +161,7 @@ def test_training_goes_on_while_a_token_is_renewed_in_the_wrong_order(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Servers first: what ranks report is dropped, a broken stream waits, and all comes again."""
+    caplog.set_level(logging.DEBUG, logger="trainer_client")
     old, renewed = make_token(), make_token()
     guard = Security(join_token_file=write_tokens(tmp_path / "served", old))
     shown = Security(join_token_file=write_tokens(tmp_path / "shown", old))
