@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,8 @@ from protos.errors import InvalidMessage, StaleGeneration
 from protos.slots import lanes_of, rank_slots
 from protos.spec import RunSpec
 from protos.types import Cursors, Generation, Mixture, Rank, Step, StepReport
+
+Number = TypeVar("Number", np.int64, np.float64)
 
 MAX_DEGRADED_STEPS_AHEAD = 100_000
 """How far beyond the last seal a rank can have got without the controller."""
@@ -165,6 +168,7 @@ def _check_numbers(report: StepReport, spec: RunSpec, world_size: int, who: str)
         raise InvalidMessage(
             f"{who}: loss_sum must not be negative, got {report.loss_sum.tolist()}"
         )
+    _check_optional(report, num_domains, who)
     if report.alignment_part is not None:
         _check_array("alignment_part", report.alignment_part, (num_domains, num_domains), who)
     if not 0 <= report.alignment_share <= 1:
@@ -176,6 +180,24 @@ def _check_numbers(report: StepReport, spec: RunSpec, world_size: int, who: str)
     for name in ("weight_norms", "update_norms"):
         for norm in getattr(report, name):
             _check_measure(name, norm, who)
+
+
+def _check_optional(report: StepReport, num_domains: int, who: str) -> None:
+    """Check what only some policies need."""
+    for name in ("validation_loss", "excess_sum", "part_square_norms", "num_parts"):
+        array = getattr(report, name)
+        if array is None:
+            continue
+        _check_array(name, array, (num_domains,), who)
+        if (array < 0).any():
+            raise InvalidMessage(f"{who}: {name} must not be negative, got {array.tolist()}")
+    norms, parts = report.part_square_norms, report.num_parts
+    if (norms is None) != (parts is None):
+        raise InvalidMessage(f"{who}: part_square_norms and num_parts must come together")
+    if parts is not None and (parts > report.sequences).any():
+        raise InvalidMessage(
+            f"{who}: num_parts {parts.tolist()} are more than sequences {report.sequences.tolist()}"
+        )
 
 
 def _check_array(
@@ -225,7 +247,26 @@ def add_up(
         weight_norms=_mean_norms([report.weight_norms for report in reports]),
         update_norms=_mean_norms([report.update_norms for report in reports]),
         num_missing_ranks=world_size - len(reports),
+        validation_loss=_mean_validation(reports),
+        excess_sum=_sum_of_all([report.excess_sum for report in reports]),
+        part_square_norms=_sum_of_all([report.part_square_norms for report in reports]),
+        num_parts=_sum_of_all([report.num_parts for report in reports]),
     )
+
+
+def _mean_validation(reports: list[StepReport]) -> NDArray[np.float64] | None:
+    """Return the mean of the ranks that evaluated; one of them is enough."""
+    sent = [report.validation_loss for report in reports if report.validation_loss is not None]
+    return np.mean(sent, axis=0) if sent else None
+
+
+def _sum_of_all(arrays: list[NDArray[Number] | None]) -> NDArray[Number] | None:
+    """Return the sum; None unless all have sent: it is held against sums over all of them."""
+    sent = [array for array in arrays if array is not None]
+    if not sent or len(sent) < len(arrays):
+        return None
+    total: NDArray[Number] = np.sum(sent, axis=0)
+    return total
 
 
 def _alignment(reports: list[StepReport]) -> NDArray[np.float64] | None:

@@ -24,7 +24,7 @@ from protos.apportion import MAX_GLOBAL_SEQUENCES
 from protos.dataset_index import DatasetIndex
 from protos.errors import ConfigError, DomainEmpty, IndexMismatch
 from protos.security import Security, check_bind, split_address
-from protos.spec import STOP, ProbeSpec, RunSpec
+from protos.spec import STOP, ProbeSpec, RunSpec, ValidationSpec
 from protos.tokenizer import TokenizerInfo
 
 Whole = Annotated[int, Field(strict=True, ge=0)]
@@ -277,6 +277,7 @@ def run_spec(
     index: DatasetIndex,
     tokenizer: TokenizerInfo | None,
     needs: frozenset[Statistic],
+    validation: tuple[ValidationSpec, ...] = (),
 ) -> RunSpec:
     """Return what all processes of the run must agree on.
 
@@ -288,8 +289,12 @@ def run_spec(
     _check_index(config, index)
     vocab_size, eot_id = _token_ids(config, tokenizer)
     probe = None
-    if needs & {Statistic.ALIGNMENT, Statistic.NORMS}:
-        probe = ProbeSpec(seed=config.seed, **config.probe.model_dump())
+    if needs & {Statistic.ALIGNMENT, Statistic.NORMS, Statistic.GRADIENT_NOISE}:
+        probe = ProbeSpec(
+            seed=config.seed,
+            part_norms=Statistic.GRADIENT_NOISE in needs,
+            **config.probe.model_dump(),
+        )
     return RunSpec(
         run_id=config.run,
         seed=config.seed,
@@ -306,6 +311,8 @@ def run_spec(
         degraded_after_s=config.control.degraded_after_s,
         data_timeout_s=config.control.data_timeout_s,
         probe=probe,
+        validation=validation,
+        needs_reference=Statistic.EXCESS in needs,
         **config.batch.model_dump(),
     )
 

@@ -220,6 +220,10 @@ def membership_of(row: Row) -> Membership:
     )
 
 
+_OPTIONAL_FLOATS = ("validation_loss", "excess_sum", "part_square_norms")
+"""[domains] each; left out where not measured."""
+
+
 def observation_body(observation: StepObservation) -> dict[str, Any]:
     """Return an observation as JSON values that give back the very same numbers."""
     alignment = observation.alignment
@@ -233,6 +237,11 @@ def observation_body(observation: StepObservation) -> dict[str, Any]:
         "weight_norms": observation.weight_norms.tolist(),
         "update_norms": observation.update_norms.tolist(),
         "missing_ranks": observation.num_missing_ranks,
+        **{
+            name: getattr(observation, name).tolist()
+            for name in (*_OPTIONAL_FLOATS, "num_parts")
+            if getattr(observation, name) is not None
+        },
     }
 
 
@@ -254,6 +263,8 @@ def step_record_of(row: Row) -> StepRecord:
             weight_norms=_floats(seen["weight_norms"]),
             update_norms=_floats(seen["update_norms"]),
             num_missing_ranks=seen["missing_ranks"],
+            num_parts=np.asarray(seen["num_parts"], np.int64) if "num_parts" in seen else None,
+            **{name: _floats(seen[name]) for name in _OPTIONAL_FLOATS if name in seen},
         ),
         to_policy=body["to_policy"],
         proposed_step=Step(body["proposed_step"]),

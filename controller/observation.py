@@ -42,6 +42,20 @@ class StepObservation:
     num_missing_ranks: int = 0
     """Ranks whose report did not come in time."""
 
+    validation_loss: NDArray[np.float64] | None = None
+    """[domains]: nats a token on held-out documents, after the step; None: not evaluated."""
+
+    excess_sum: NDArray[np.float64] | None = None
+    """[domains]: what the tokens' losses exceed a reference model's by, in nats, where they do,
+    summed over `tokens`; None: not known of all that reported."""
+
+    part_square_norms: NDArray[np.float64] | None = None
+    """[domains]: squared norms of the parts' gradients, summed over the parts that together make up
+    the gradients of `alignment`; None: not measured by all that reported."""
+
+    num_parts: NDArray[np.int64] | None = None
+    """[domains]: how many parts (sequences) these are; known if their norms are."""
+
     @property
     def executed(self) -> NDArray[np.float64]:
         """[domains]: realised shares of the step's sequences; the planned ones if none came."""

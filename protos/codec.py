@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from protos.codec_common import (
     array_from_bytes,
@@ -137,6 +140,11 @@ def join_answer_from_proto(message: control.JoinResponse) -> JoinAnswer:
     )
 
 
+_OPTIONAL_FLOATS = ("validation_loss", "excess_sum", "part_square_norms")
+_OPTIONAL = (*_OPTIONAL_FLOATS, "num_parts")
+"""Of a report: [domains] each, or not measured."""
+
+
 def report_to_proto(report: StepReport) -> control.ReportRequest:
     """Encode a report; its cursors stand before the next step."""
     part = report.alignment_part
@@ -152,6 +160,7 @@ def report_to_proto(report: StepReport) -> control.ReportRequest:
         alignment_share=report.alignment_share,
         weight_norms=report.weight_norms,
         update_norms=report.update_norms,
+        **{name: _listed(getattr(report, name)) for name in _OPTIONAL},
         step_s=report.step_s,
         data_wait_s=report.data_wait_s,
         probe_s=report.probe_s,
@@ -173,13 +182,15 @@ def report_from_proto(message: control.ReportRequest) -> StepReport:
         rank=Rank(message.rank),
         step=Step(_bounded("step", message.step)),
         plan_version=message.plan_version,
-        sequences=np.array([_bounded("sequences", n) for n in message.sequences], np.int64),
-        tokens=np.array([_bounded("tokens", n) for n in message.tokens], np.int64),
+        sequences=_whole("sequences", message.sequences),
+        tokens=_whole("tokens", message.tokens),
         loss_sum=np.array(message.loss_sum, np.float64),
         alignment_part=part,
         alignment_share=message.alignment_share,
         weight_norms=tuple(message.weight_norms),
         update_norms=tuple(message.update_norms),
+        num_parts=_whole("num_parts", message.num_parts) if message.num_parts else None,
+        **{name: _floats_or_none(getattr(message, name)) for name in _OPTIONAL_FLOATS},
         step_s=message.step_s,
         data_wait_s=message.data_wait_s,
         probe_s=message.probe_s,
@@ -257,6 +268,18 @@ def enlist_event_from_proto(message: control.EnlistResponse) -> EnlistEvent:
             data=message.chunk.data,
         )
     raise ValueError("an empty event")
+
+
+def _listed(values: NDArray[Any] | None) -> list[Any]:
+    return [] if values is None else values.tolist()
+
+
+def _floats_or_none(values: Sequence[float]) -> NDArray[np.float64] | None:
+    return np.array(values, np.float64) if values else None
+
+
+def _whole(name: str, values: Sequence[int]) -> NDArray[np.int64]:
+    return np.array([_bounded(name, value) for value in values], np.int64)
 
 
 def _bounded(name: str, value: int) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.errors import InvalidMessage
-from protos.spec import ProbeSpec, RunSpec
+from protos.spec import ProbeSpec, RunSpec, ValidationSpec
 from protos.types import (
     Cursors,
     Lane,
@@ -138,13 +138,18 @@ def plan_from_proto(message: common.Plan) -> Plan:
 _PROBE_FIELDS = field_names(ProbeSpec, but={"layers"})
 
 
-_SPEC_FIELDS = field_names(RunSpec, but={"domains", "probe"})
+_SPEC_FIELDS = field_names(RunSpec, but={"domains", "probe", "validation"})
 
 
 def spec_to_proto(spec: RunSpec) -> common.RunSpec:
     """Encode a run's settings."""
     message = common.RunSpec(
-        domains=spec.domains, **{name: getattr(spec, name) for name in _SPEC_FIELDS}
+        domains=spec.domains,
+        validation=[
+            common.ValidationSpec(every=one.every, period=one.period, span=one.span)
+            for one in spec.validation
+        ],
+        **{name: getattr(spec, name) for name in _SPEC_FIELDS},
     )
     if spec.probe is not None:
         probe = {name: getattr(spec.probe, name) for name in _PROBE_FIELDS}
@@ -160,7 +165,11 @@ def spec_from_proto(message: common.RunSpec) -> RunSpec:
         fields = {name: getattr(message.probe, name) for name in _PROBE_FIELDS}
         probe = ProbeSpec(layers=tuple(message.probe.layers), **fields)
     fields = {name: getattr(message, name) for name in _SPEC_FIELDS}
-    return RunSpec(domains=tuple(message.domains), probe=probe, **fields)
+    validation = tuple(
+        ValidationSpec(every=one.every, period=one.period, span=one.span)
+        for one in message.validation
+    )
+    return RunSpec(domains=tuple(message.domains), probe=probe, validation=validation, **fields)
 
 
 def endpoint_to_proto(endpoint: LaneEndpoint) -> common.LaneEndpoint:

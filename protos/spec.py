@@ -34,6 +34,8 @@ class ProbeSpec:
     """Name patterns (fnmatch) of linear layers; empty: `num_layers` chosen by relative depth."""
 
     seed: int = 0
+    part_norms: bool = False
+    """Measure the squared norms of the sequences' gradients as well."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("sketch", "exact"):
@@ -41,6 +43,32 @@ class ProbeSpec:
         for name in ("sketch_rows", "sketch_columns", "every_n_steps", "num_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"probe.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationSpec:
+    """After which steps trainers evaluate the model on documents that only the policy may see."""
+
+    every: int
+    """Steps between evaluations, within a span."""
+
+    period: int
+    """Steps from the beginning of a span to that of the next."""
+
+    span: int
+    """Steps of each period in which evaluations are due at all."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.every <= self.span <= self.period:
+            raise ValueError(
+                "validation must have 1 <= every <= span <= period, got "
+                f"{self.every}, {self.span}, {self.period}"
+            )
+
+    def due(self, step: int) -> bool:
+        """Say whether an evaluation is due after `step`."""
+        place = step % self.period
+        return place < self.span and (place + 1) % self.every == 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +119,12 @@ class RunSpec:
     probe: ProbeSpec | None = None
     """None: the policy needs no gradients."""
 
+    validation: tuple[ValidationSpec, ...] = ()
+    """An evaluation is due when any of these says so; empty: the policy needs none."""
+
+    needs_reference: bool = False
+    """The policy needs the losses of a reference model beside the model's own."""
+
     def __post_init__(self) -> None:
         if not self.domains:
             raise ValueError("a run must have at least one domain, got none")
@@ -132,6 +166,10 @@ class RunSpec:
     def slots_per_lane(self) -> int:
         """How many slots of a global batch each lane fills."""
         return self.global_sequences // self.lanes
+
+    def validation_due(self, step: int) -> bool:
+        """Say whether trainers must evaluate the model after `step`."""
+        return any(validation.due(step) for validation in self.validation)
 
     @property
     def token_dtype(self) -> np.dtype[np.uint16] | np.dtype[np.uint32]:

@@ -219,6 +219,18 @@ class StepReport:
 
     weight_norms: tuple[float, ...] = ()
     update_norms: tuple[float, ...] = ()
+    validation_loss: NDArray[np.float64] | None = None
+    """[domains]: nats a token on held-out documents, after the step; None: not evaluated."""
+
+    excess_sum: NDArray[np.float64] | None = None
+    """[domains]: what the tokens' losses exceed a reference's by, in nats; None: no reference."""
+
+    part_square_norms: NDArray[np.float64] | None = None
+    """[domains]: squared norms of the sequences' gradients, summed; None: not measured."""
+
+    num_parts: NDArray[np.int64] | None = None
+    """[domains]: how many sequences these are."""
+
     step_s: float = 0.0
     data_wait_s: float = 0.0
     probe_s: float = 0.0

@@ -18,6 +18,7 @@ from protos.errors import HeadraceError, StaleGeneration
 from protos.retry import Retry
 from protos.types import ReportAnswer, StepReport
 from trainer_client.device_copy import HostCopy
+from trainer_client.policy_inputs import StepInputs
 from trainer_client.probe import ProbeStep
 from trainer_client.retry import until_answered
 
@@ -34,6 +35,7 @@ class PendingReport:
     report: StepReport
     losses: HostCopy | None
     probe: ProbeStep | None
+    inputs: StepInputs | None = None
 
     def resolve(self, *, timeout_s: float) -> tuple[StepReport, list[str]]:
         """Wait for the numbers; return the report, and what had to be left out of it.
@@ -49,7 +51,10 @@ class PendingReport:
             if broken.any():
                 left_out.append(f"the losses of domains {np.flatnonzero(broken).tolist()}")
                 sums[broken] = 0
-            changes |= {"loss_sum": sums[:, 0], "tokens": sums[:, 1].astype(np.int64)}
+            tokens = sums[:, 1].astype(np.int64)
+            changes |= {"loss_sum": sums[:, 0], "tokens": tokens}
+            if self.inputs is not None:
+                changes |= self.inputs.resolve(tokens, left_out)
         if self.probe is not None:
             changes["probe_s"] = self.probe.probe_s
             changes |= _norms(self.probe, left_out)

@@ -20,9 +20,9 @@ from protos.types import Cursors, Generation, Step, StepReport
 from trainer_client.batches import Batch, StagedStep, Stager, arrive, split
 from trainer_client.checkpoint import pack_state, unpack_state
 from trainer_client.delivery_log import DeliveryLog
-from trainer_client.loss import DomainLosses, token_losses
 from trainer_client.probe import GradientProbe
 from trainer_client.ranks import resolve_rank
+from trainer_client.recorder import StepRecorder
 from trainer_client.reporter import PendingReport, Reporter
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def connect(
         raise
 
 
-class Session:
+class Session(StepRecorder):
     """One rank's part in a run; made by `connect`, used by one thread, closed once or more."""
 
     def __init__(
@@ -137,7 +137,7 @@ class Session:
             for lane, cursor in member.cursors.items()
             if member.cursor_steps.get(lane) == member.first_step
         }
-        self._losses = DomainLosses(member.spec.num_domains)
+        self._begin_recording(member.spec)
 
     @property
     def spec(self) -> RunSpec:
@@ -259,7 +259,7 @@ class Session:
                 )
 
     def _begin_step(self, stager: Stager) -> StagedStep:
-        self._losses.forget()
+        self._forget_recorded()
         if self._staged is None:
             began = time.perf_counter()
             self._staged = stager.get(self._next_step)
@@ -269,33 +269,6 @@ class Session:
             if self._log is not None:
                 self._log.write(self._staged.delivered)
         return self._staged
-
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Return the loss to back-propagate, and keep its sums per domain.
-
-        It is the cross entropy summed over the micro-batch's labels, times world_size /
-        (global_sequences x sequence_length): a step's micro-batches add up, and the average that
-        DDP takes over the ranks is the mean over the global batch, padding counted as 0.
-
-        Args:
-            logits: [sequences, sequence_length, vocabulary]
-            batch: the micro-batch that they are for.
-        """
-        losses = token_losses(logits, batch)
-        self.record_losses(losses, batch)
-        return losses.sum() * self._loss_scale()
-
-    def record_losses(self, losses: torch.Tensor, batch: Batch) -> None:
-        """Keep the sums per domain, for a trainer that computes its loss itself.
-
-        Args:
-            losses: [sequences, sequence_length] nats, 0 where `batch.loss_mask` is False.
-            batch: the micro-batch that they are for.
-        """
-        self._losses.add(losses, batch)
-
-    def _loss_scale(self) -> float:
-        return self.world_size / (self.spec.global_sequences * self.spec.sequence_length)
 
     def end_step(self, *, loss_scale: float = 1.0) -> None:
         """Say that the optimizer's step is done; the report leaves in the background.
@@ -318,7 +291,9 @@ class Session:
             probe = self._probe.finish(self._next_step, loss_scale=loss_scale * self._loss_scale())
         losses = self._losses.finish()
         report = self._report(staged)
-        self._reporter.offer(PendingReport(report=report, losses=losses, probe=probe))
+        self._reporter.offer(
+            PendingReport(report=report, losses=losses, probe=probe, inputs=self._inputs.finish())
+        )
         self._cursors = staged.delivered.cursors
         self._next_step = Step(self._next_step + 1)
         self._staged, self._all_yielded = None, False

@@ -19,6 +19,9 @@ class Statistic(enum.Enum):
     LOSS = "loss"
     ALIGNMENT = "alignment"  # inner products of the domains' gradients
     NORMS = "norms"  # of the watched weights, and of their change in a step
+    VALIDATION = "validation"  # losses on held-out documents, in the steps that are due
+    EXCESS = "excess"  # of the loss over that of a reference model
+    GRADIENT_NOISE = "gradient_noise"  # squared norms of the sequences' gradients
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

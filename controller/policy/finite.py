@@ -18,6 +18,11 @@ def teaches(observation: StepObservation) -> bool:
         observation.weight_norms,
         observation.update_norms,
     ]
-    if observation.alignment is not None:
-        arrays.append(observation.alignment)
+    optional = (
+        observation.alignment,
+        observation.validation_loss,
+        observation.excess_sum,
+        observation.part_square_norms,
+    )
+    arrays += [array for array in optional if array is not None]
     return bool(observation.tokens.sum() > 0) and all(np.isfinite(a).all() for a in arrays)

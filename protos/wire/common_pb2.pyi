@@ -113,6 +113,7 @@ class ProbeSpec(_message.Message):
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    PART_NORMS_FIELD_NUMBER: _builtins.int
     mode: _builtins.str
     """"sketch" or "exact" """
     sketch_rows: _builtins.int
@@ -120,6 +121,8 @@ class ProbeSpec(_message.Message):
     every_n_steps: _builtins.int
     num_layers: _builtins.int
     seed: _builtins.int
+    part_norms: _builtins.bool
+    """measure the squared norms of the sequences' gradients"""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """name patterns; empty: chosen by relative depth"""
@@ -134,14 +137,44 @@ class ProbeSpec(_message.Message):
         num_layers: _builtins.int = ...,
         layers: _abc.Iterable[_builtins.str] | None = ...,
         seed: _builtins.int = ...,
+        part_norms: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["every_n_steps", b"every_n_steps", "layers", b"layers", "mode", b"mode", "num_layers", b"num_layers", "seed", b"seed", "sketch_columns", b"sketch_columns", "sketch_rows", b"sketch_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["every_n_steps", b"every_n_steps", "layers", b"layers", "mode", b"mode", "num_layers", b"num_layers", "part_norms", b"part_norms", "seed", b"seed", "sketch_columns", b"sketch_columns", "sketch_rows", b"sketch_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ProbeSpec: _TypeAlias = ProbeSpec  # noqa: Y015
+
+@_typing.final
+class ValidationSpec(_message.Message):
+    """Due after the steps s with s mod period < span whose next step is a multiple of every, counted
+    from the last multiple of period.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVERY_FIELD_NUMBER: _builtins.int
+    PERIOD_FIELD_NUMBER: _builtins.int
+    SPAN_FIELD_NUMBER: _builtins.int
+    every: _builtins.int
+    period: _builtins.int
+    span: _builtins.int
+    def __init__(
+        self,
+        *,
+        every: _builtins.int = ...,
+        period: _builtins.int = ...,
+        span: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["every", b"every", "period", b"period", "span", b"span"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ValidationSpec: _TypeAlias = ValidationSpec  # noqa: Y015
 
 @_typing.final
 class RunSpec(_message.Message):
@@ -169,6 +202,8 @@ class RunSpec(_message.Message):
     PROBE_FIELD_NUMBER: _builtins.int
     ON_DAMAGE_FIELD_NUMBER: _builtins.int
     SAMPLES_FOLDER_FIELD_NUMBER: _builtins.int
+    VALIDATION_FIELD_NUMBER: _builtins.int
+    NEEDS_REFERENCE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     seed: _builtins.int
     lanes: _builtins.int
@@ -189,11 +224,17 @@ class RunSpec(_message.Message):
     """skip_sample, quarantine_shard or stop; empty: skip_sample"""
     samples_folder: _builtins.str
     """of the maps of the shards' samples; empty: there are none"""
+    needs_reference: _builtins.bool
+    """the policy needs the losses of a reference model"""
     @_builtins.property
     def domains(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def probe(self) -> Global___ProbeSpec:
         """absent: the policy needs no gradients"""
+
+    @_builtins.property
+    def validation(self) -> _containers.RepeatedCompositeFieldContainer[Global___ValidationSpec]:
+        """when trainers evaluate on held-out documents; empty: never"""
 
     def __init__(
         self,
@@ -218,10 +259,12 @@ class RunSpec(_message.Message):
         probe: Global___ProbeSpec | None = ...,
         on_damage: _builtins.str = ...,
         samples_folder: _builtins.str = ...,
+        validation: _abc.Iterable[Global___ValidationSpec] | None = ...,
+        needs_reference: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["probe", b"probe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_timeout_s", b"data_timeout_s", "degraded_after_s", b"degraded_after_s", "domains", b"domains", "eot_id", b"eot_id", "global_sequences", b"global_sequences", "index_sha256", b"index_sha256", "interleave", b"interleave", "lag", b"lag", "lanes", b"lanes", "num_steps", b"num_steps", "on_damage", b"on_damage", "probe", b"probe", "run_id", b"run_id", "samples_folder", b"samples_folder", "seed", b"seed", "sequence_length", b"sequence_length", "text_field", b"text_field", "tokenizer_sha256", b"tokenizer_sha256", "vocab_size", b"vocab_size", "window_samples", b"window_samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_timeout_s", b"data_timeout_s", "degraded_after_s", b"degraded_after_s", "domains", b"domains", "eot_id", b"eot_id", "global_sequences", b"global_sequences", "index_sha256", b"index_sha256", "interleave", b"interleave", "lag", b"lag", "lanes", b"lanes", "needs_reference", b"needs_reference", "num_steps", b"num_steps", "on_damage", b"on_damage", "probe", b"probe", "run_id", b"run_id", "samples_folder", b"samples_folder", "seed", b"seed", "sequence_length", b"sequence_length", "text_field", b"text_field", "tokenizer_sha256", b"tokenizer_sha256", "validation", b"validation", "vocab_size", b"vocab_size", "window_samples", b"window_samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

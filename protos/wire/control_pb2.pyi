@@ -186,6 +186,10 @@ class ReportRequest(_message.Message):
     DATA_WAIT_S_FIELD_NUMBER: _builtins.int
     PROBE_S_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
+    VALIDATION_LOSS_FIELD_NUMBER: _builtins.int
+    EXCESS_SUM_FIELD_NUMBER: _builtins.int
+    PART_SQUARE_NORMS_FIELD_NUMBER: _builtins.int
+    NUM_PARTS_FIELD_NUMBER: _builtins.int
     CURSORS_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     rank: _builtins.int
@@ -222,6 +226,22 @@ class ReportRequest(_message.Message):
         """[norm layers]"""
 
     @_builtins.property
+    def validation_loss(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """[domains], nats a token on held-out documents; empty: not evaluated"""
+
+    @_builtins.property
+    def excess_sum(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """[domains], nats over a reference's losses; empty: there is none"""
+
+    @_builtins.property
+    def part_square_norms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """[domains], of sequences' gradients; empty: not measured"""
+
+    @_builtins.property
+    def num_parts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """[domains], of how many"""
+
+    @_builtins.property
     def cursors(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Cursor]:
         """of this rank's lanes, after the step"""
 
@@ -243,11 +263,15 @@ class ReportRequest(_message.Message):
         data_wait_s: _builtins.float = ...,
         probe_s: _builtins.float = ...,
         degraded: _builtins.bool = ...,
+        validation_loss: _abc.Iterable[_builtins.float] | None = ...,
+        excess_sum: _abc.Iterable[_builtins.float] | None = ...,
+        part_square_norms: _abc.Iterable[_builtins.float] | None = ...,
+        num_parts: _abc.Iterable[_builtins.int] | None = ...,
         cursors: _abc.Iterable[_common_pb2.Cursor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment_part", b"alignment_part", "alignment_share", b"alignment_share", "cursors", b"cursors", "data_wait_s", b"data_wait_s", "degraded", b"degraded", "generation", b"generation", "loss_sum", b"loss_sum", "plan_version", b"plan_version", "probe_s", b"probe_s", "rank", b"rank", "sequences", b"sequences", "step", b"step", "step_s", b"step_s", "tokens", b"tokens", "update_norms", b"update_norms", "weight_norms", b"weight_norms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment_part", b"alignment_part", "alignment_share", b"alignment_share", "cursors", b"cursors", "data_wait_s", b"data_wait_s", "degraded", b"degraded", "excess_sum", b"excess_sum", "generation", b"generation", "loss_sum", b"loss_sum", "num_parts", b"num_parts", "part_square_norms", b"part_square_norms", "plan_version", b"plan_version", "probe_s", b"probe_s", "rank", b"rank", "sequences", b"sequences", "step", b"step", "step_s", b"step_s", "tokens", b"tokens", "update_norms", b"update_norms", "validation_loss", b"validation_loss", "weight_norms", b"weight_norms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

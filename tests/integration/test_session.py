@@ -26,6 +26,7 @@ from protos.errors import (
     StaleGeneration,
     WorkerUnreachable,
 )
+from protos.spec import ValidationSpec
 from protos.types import Step, StepBatch
 from tests.fakes_trainer import (
     FakeRun,
@@ -355,6 +356,51 @@ def test_reports_say_what_was_delivered_and_what_it_cost(run: FakeRun) -> None:
     assert sorted(report.cursors) == [2, 3]
     np.testing.assert_array_equal(report.cursors[2], cursor_before(run.spec, 2, 1))  # type: ignore[index]
     assert report.step_s > 0
+
+
+def test_reports_carry_what_some_policies_need() -> None:
+    spec = dataclasses.replace(
+        make_spec(), validation=(ValidationSpec(every=1, period=2, span=1),), needs_reference=True
+    )
+    with FakeRun(spec).serving() as run, connect(run) as session:
+        expected = np.zeros((3, 3))
+        evaluation = {"domain-2": 1.0, "domain-0": 3.0, "domain-1": 2.0}
+        for batch in session.batches(micro_batch=4):
+            losses = torch.rand(batch.labels.shape) * batch.loss_mask
+            # Padding counts nowhere, whatever the reference says of it.
+            reference = torch.rand(batch.labels.shape) - 2.0 * ~batch.loss_mask
+            if batch.step < 2 or batch.first_of_step:
+                session.record_losses(losses, batch, reference=reference)
+            else:
+                session.record_losses(losses, batch)
+            if batch.step < 2:
+                excess = (losses - reference).clamp_min(0) * batch.loss_mask
+                for row, domain in enumerate(batch.domain_ids.tolist()):
+                    expected[batch.step, domain] += excess[row].sum().item()
+            if batch.last_of_step:
+                if session.validation_due(batch.step):
+                    session.record_validation(evaluation)
+                session.end_step()
+                if batch.step == 2:
+                    break
+        assert session._reporter.flush(timeout_s=10)
+    first, second, third = run.controller.reports
+    np.testing.assert_allclose(first.excess_sum, expected[0], rtol=1e-5)  # type: ignore[arg-type]
+    np.testing.assert_allclose(second.excess_sum, expected[1], rtol=1e-5)  # type: ignore[arg-type]
+    assert first.validation_loss is not None
+    assert first.validation_loss.tolist() == [3.0, 2.0, 1.0]
+    assert second.validation_loss is None
+    # Not all of its micro-batches had a reference.
+    assert third.excess_sum is None
+    assert third.validation_loss is not None
+
+
+def test_an_evaluation_that_is_none_is_refused(run: FakeRun) -> None:
+    with connect(run) as session:
+        with pytest.raises(ValueError, match="a loss of each of the run's domains"):
+            session.record_validation({"domain-0": 1.0})
+        with pytest.raises(ValueError, match="finite and not negative"):
+            session.record_validation({f"domain-{index}": float("nan") for index in range(3)})
 
 
 def test_training_goes_on_when_the_controller_hangs_and_lost_reports_are_counted() -> None:

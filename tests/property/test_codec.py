@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from protos import codec, codec_admin, codec_common, codec_data
 from protos.errors import InvalidMessage
-from protos.spec import ProbeSpec, RunSpec
+from protos.spec import ProbeSpec, RunSpec, ValidationSpec
 from protos.status import RunStatus, WorkerStatus
 from protos.types import (
     Beat,
@@ -60,7 +60,12 @@ SPEC = RunSpec(
     data_timeout_s=90.0,
     on_damage="quarantine_shard",
     samples_folder="/runs/é.samples",
-    probe=ProbeSpec(layers=("a.*", "b"), seed=3),
+    probe=ProbeSpec(layers=("a.*", "b"), seed=3, part_norms=True),
+    validation=(
+        ValidationSpec(every=5, period=40, span=15),
+        ValidationSpec(every=2, period=2, span=2),
+    ),
+    needs_reference=True,
 )
 MIXTURE = Mixture.from_shares([1, 2])
 PLAN = Plan(version=3, first_step=Step(7), mixture=MIXTURE, carry_q32=(-5, 5))
@@ -82,6 +87,10 @@ REPORT = StepReport(
     alignment_share=0.5,
     weight_norms=(1.0, 2.0),
     update_norms=(0.1, 0.2),
+    validation_loss=np.array([3.25, 4.5]),
+    excess_sum=np.array([0.0, 7.5]),
+    part_square_norms=np.array([1e-9, 2.0]),
+    num_parts=np.array([1, 2]),
     step_s=0.1,
     cursors=CURSORS,
 )
@@ -188,6 +197,17 @@ def _same(left: Any, right: Any) -> bool:
         (ANSWER, codec.join_answer_to_proto, codec.join_answer_from_proto),
         (REPORT, codec.report_to_proto, codec.report_from_proto),
         (
+            dataclasses.replace(
+                REPORT,
+                validation_loss=None,
+                excess_sum=None,
+                part_square_norms=None,
+                num_parts=None,
+            ),
+            codec.report_to_proto,
+            codec.report_from_proto,
+        ),
+        (
             ReportAnswer(plan_version=1, sealed_through=-1, counted=True),
             codec.report_answer_to_proto,
             codec.report_answer_from_proto,
@@ -242,6 +262,7 @@ def test_batches_of_another_shape_are_refused() -> None:
         (control_pb2.ReportRequest(sequences=[2**64 - 1]), "report"),
         (control_pb2.ReportRequest(sequences=[1], alignment_part=b"123"), "report"),
         (control_pb2.ReportRequest(step=2**63), "report"),
+        (control_pb2.ReportRequest(num_parts=[2**64 - 1]), "report"),
         (control_pb2.EnlistRequest(worker_id=""), "worker_beat"),
         (control_pb2.EnlistRequest(worker_id="w", endpoint="e", stall_s=-1.0), "worker_beat"),
         (control_pb2.EnlistResponse(), "enlist_event"),

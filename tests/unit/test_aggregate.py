@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,71 @@ def test_norms_are_averaged_over_the_ranks_that_sent_them() -> None:
     ]
     seen = add_up(reports, SPEC, step=Step(0), planned=PLANNED, world_size=3)
     assert seen.weight_norms.tolist() == [2.0, 2.0]
+
+
+def _measured(rank: int) -> dict[str, Any]:
+    return {
+        "excess_sum": np.array([1.0, 0.5, 0.0]) + rank,
+        "part_square_norms": np.array([4.0, 1.0, 0.25]) * (rank + 1),
+        "num_parts": np.array([2, 1, 0]),
+    }
+
+
+def test_what_only_some_policies_need_adds_up_and_evaluations_are_averaged() -> None:
+    reports = [make_report(SPEC, rank=rank, world_size=2, **_measured(rank)) for rank in range(2)]
+    reports[1] = replace(reports[1], validation_loss=np.array([3.0, 2.0, 1.0]))
+    seen = add_up(reports, SPEC, step=Step(0), planned=PLANNED, world_size=2)
+    assert seen.excess_sum is not None
+    assert seen.part_square_norms is not None
+    assert seen.num_parts is not None
+    assert seen.validation_loss is not None
+    assert seen.excess_sum.tolist() == [3.0, 2.0, 1.0]
+    assert seen.part_square_norms.tolist() == [12.0, 3.0, 0.75]
+    assert seen.num_parts.tolist() == [4, 2, 0]
+    # One rank is enough for an evaluation; of several the mean counts.
+    assert seen.validation_loss.tolist() == [3.0, 2.0, 1.0]
+    reports[0] = replace(reports[0], validation_loss=np.array([1.0, 2.0, 3.0]))
+    seen = add_up(reports, SPEC, step=Step(0), planned=PLANNED, world_size=2)
+    assert seen.validation_loss is not None
+    assert seen.validation_loss.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_sums_that_a_rank_has_not_measured_are_not_known() -> None:
+    reports = [make_report(SPEC, rank=0, world_size=2, **_measured(0)), _reports(2)[1]]
+    seen = add_up(reports, SPEC, step=Step(0), planned=PLANNED, world_size=2)
+    assert seen.excess_sum is None
+    assert seen.part_square_norms is None
+    assert seen.num_parts is None
+    # A report that did not come at all is missing from the tokens, too.
+    seen = add_up(reports[:1], SPEC, step=Step(0), planned=PLANNED, world_size=2)
+    assert seen.excess_sum is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"validation_loss": np.ones(2)}, r"validation_loss must have the shape \(3,\), got"),
+        ({"validation_loss": np.array([1, np.nan, 1])}, "validation_loss must be finite"),
+        ({"validation_loss": np.array([1, -1.0, 1])}, "validation_loss must not be negative"),
+        ({"excess_sum": np.array([1, np.inf, 1])}, "excess_sum must be finite"),
+        ({"excess_sum": np.array([1, -0.5, 1])}, "excess_sum must not be negative"),
+        ({"part_square_norms": np.ones(3)}, "must come together"),
+        ({"num_parts": np.array([1, 1, 1])}, "must come together"),
+        (
+            {"part_square_norms": -np.ones(3), "num_parts": np.array([1, 1, 1])},
+            "part_square_norms must not be negative",
+        ),
+        (
+            {"part_square_norms": np.ones(3), "num_parts": np.array([99, 1, 1])},
+            "num_parts .* are more than sequences",
+        ),
+    ],
+)
+def test_what_cannot_be_right_of_these_is_refused(fields: dict[str, Any], sentence: str) -> None:
+    group = _aggregator(Clock())
+    with pytest.raises(InvalidMessage, match=sentence):
+        group.add(make_report(SPEC, world_size=2, step=5, **fields), sealed_through=6)
+    assert group.first_reported() is None
 
 
 def test_places_of_all_lanes_come_from_their_ranks() -> None:

@@ -6,6 +6,7 @@ import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,16 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
         assert ledger.newest(Kind.SEAL) is None
 
 
-def test_an_observation_comes_back_to_the_last_bit(tmp_path: Path) -> None:
+OPTIONAL: dict[str, Any] = {
+    "validation_loss": np.array([3.1, 1 / 3, 2.0]),
+    "excess_sum": np.array([0.0, 1e-300, 7 / 9]),
+    "part_square_norms": np.array([1e-12, 0.0, 2 / 7]),
+    "num_parts": np.array([3, 0, 5]),
+}
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_an_observation_comes_back_to_the_last_bit(tmp_path: Path, measured: bool) -> None:
     draw = np.random.default_rng(0)
     observation = StepObservation(
         step=Step(3),
@@ -68,6 +78,7 @@ def test_an_observation_comes_back_to_the_last_bit(tmp_path: Path) -> None:
         weight_norms=draw.random(2),
         update_norms=np.zeros(0),
         num_missing_ranks=1,
+        **(OPTIONAL if measured else {}),
     )
     body = {
         "observation": observation_body(observation),
