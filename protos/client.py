@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -146,6 +146,17 @@ class ControlClient(_Client):
         """Say what this rank saw of a step; may be repeated."""
         with raising_ours(self._unreachable, self.address):
             message = self._stub().Report(codec.report_to_proto(report), timeout=timeout_s)
+        return codec.report_answer_from_proto(message)
+
+    def report_steps(
+        self, reports: Sequence[StepReport], *, timeout_s: float = 5.0
+    ) -> ReportAnswer:
+        """Say what this rank saw of several steps, in their order; may be repeated.
+
+        The answer is the one to the last of them; `counted` says whether all were.
+        """
+        with raising_ours(self._unreachable, self.address):
+            message = self._stub().ReportSteps(codec.reports_to_proto(reports), timeout=timeout_s)
         return codec.report_answer_from_proto(message)
 
     def watch_plans(self, worker_id: str) -> Stream[PlanEvent]:

@@ -199,6 +199,11 @@ def report_from_proto(message: control.ReportRequest) -> StepReport:
     )
 
 
+def reports_to_proto(reports: Sequence[StepReport]) -> control.ReportStepsRequest:
+    """Encode several reports of one rank."""
+    return control.ReportStepsRequest(reports=[report_to_proto(report) for report in reports])
+
+
 def report_answer_to_proto(answer: ReportAnswer) -> control.ReportResponse:
     """Encode the answer to a report."""
     return control.ReportResponse(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from protos.channel import (
     size_options,
     status_of,
 )
-from protos.errors import AlreadyServing, HeadraceError
+from protos.errors import AlreadyServing, HeadraceError, InvalidMessage
 from protos.gate import AioGate, Gate
 from protos.security import Security, check_bind, split_address
 from protos.services import AdminService, ControlService, DataService
@@ -91,6 +92,22 @@ class _Control(control_pb2_grpc.ControlServicer):
         async def work() -> control_pb2.ReportResponse:
             answer = await self._service.report(codec.report_from_proto(request))
             return codec.report_answer_to_proto(answer)
+
+        return await _answer(context, work)
+
+    async def ReportSteps(
+        self, request: control_pb2.ReportStepsRequest, context: _AioContext
+    ) -> Any:
+        async def work() -> control_pb2.ReportResponse:
+            if not request.reports:
+                raise InvalidMessage("a call to ReportSteps must hold at least one report")
+            # Those before one that is refused stay taken in: each may be repeated on its own.
+            answers = [
+                await self._service.report(codec.report_from_proto(message))
+                for message in request.reports
+            ]
+            counted = all(answer.counted for answer in answers)
+            return codec.report_answer_to_proto(dataclasses.replace(answers[-1], counted=counted))
 
         return await _answer(context, work)
 

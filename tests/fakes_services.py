@@ -36,6 +36,7 @@ class ScriptedController:
 
     def __init__(self) -> None:
         self.beats: list[WorkerBeat] = []
+        self.reports: list[StepReport] = []
         self.watchers_gone = threading.Event()
         self.fail_with: Exception | None = None
 
@@ -50,6 +51,7 @@ class ScriptedController:
     async def report(self, report: StepReport) -> ReportAnswer:
         if self.fail_with is not None:
             raise self.fail_with
+        self.reports.append(report)
         return ReportAnswer(plan_version=report.plan_version, sealed_through=5, counted=True)
 
     async def watch_plans(self, worker_id: str) -> AsyncIterator[PlanEvent]:

@@ -21,6 +21,10 @@ class HostCopy:
         else:
             self._host = source.to("cpu", copy=True)
 
+    def is_here(self) -> bool:
+        """Say whether `wait` would return at once."""
+        return self._copied is None or self._copied.query()
+
     def wait(self) -> NDArray[Any]:
         """Return the values once they are here."""
         if self._copied is not None:

@@ -9,12 +9,12 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from protos.errors import HeadraceError, StaleGeneration
+from protos.errors import HeadraceError, Retryable, StaleGeneration
 from protos.retry import Retry
 from protos.types import ReportAnswer, StepReport
 from trainer_client.device_copy import HostCopy
@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 _WARNINGS_APART_S = 60.0
 _CALL_TIMEOUT_S = 5.0
 
+MOST_IN_A_CALL = 64
+"""Reports that leave together when steps are shorter than a call."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class PendingReport:
@@ -36,6 +39,10 @@ class PendingReport:
     losses: HostCopy | None
     probe: ProbeStep | None
     inputs: StepInputs | None = None
+
+    def is_resolved(self) -> bool:
+        """Say whether `resolve` would return at once."""
+        return self.probe is None and (self.losses is None or self.losses.is_here())
 
     def resolve(self, *, timeout_s: float) -> tuple[StepReport, list[str]]:
         """Wait for the numbers; return the report, and what had to be left out of it.
@@ -86,6 +93,12 @@ def _alignment(probe: ProbeStep, timeout_s: float, left_out: list[str]) -> dict[
     return {"alignment_part": part, "alignment_share": probe.alignment.share}
 
 
+def _without_earlier_cursors(reports: list[StepReport]) -> list[StepReport]:
+    """Leave out places that the last report's replace as soon as they have arrived."""
+    *earlier, last = reports
+    return [*(dataclasses.replace(report, cursors={}) for report in earlier), last]
+
+
 class ReporterState(enum.Enum):
     """OPEN -> FENCED -> CLOSED, or OPEN -> CLOSED; never back."""
 
@@ -102,14 +115,16 @@ class Reporter:
     trainer  flush        the queue to run empty       the thread, timeout_s
     thread   its loop     a report                     offer, close
 
+    One call is under way at a time. What has come to wait by its end goes with the next one, so
+    that steps shorter than a call cost a part of a call each; a report never waits for a later one.
     Training never stops because of reports: what cannot be sent is dropped, counted and warned of.
     """
 
     def __init__(
         self,
-        send: Callable[[StepReport, float], ReportAnswer],
+        send: Callable[[Sequence[StepReport], float], ReportAnswer],
         *,
-        capacity: int = 16,
+        capacity: int = 4 * MOST_IN_A_CALL,
         budget_s: float = 10.0,
         retry: Retry | None = None,
     ) -> None:
@@ -172,25 +187,37 @@ class Reporter:
                 self._changed.wait_for(lambda: self._queue or self._state is ReporterState.CLOSED)
                 if not self._queue:
                     return
-                pending = self._queue.popleft()
+                group = self._take_group()
                 self._busy = True
             try:
-                self._deliver(pending)
+                self._deliver(group)
             finally:
                 with self._changed:
                     self._busy = False
                     self._changed.notify_all()
 
-    def _deliver(self, pending: PendingReport) -> None:
+    def _take_group(self) -> list[PendingReport]:
+        """Take the oldest report, and those after it that are ready to go with it."""
+        group = [self._queue.popleft()]
+        while (
+            self._queue
+            and len(group) < MOST_IN_A_CALL
+            and group[-1].is_resolved()
+            and self._queue[0].is_resolved()
+        ):
+            group.append(self._queue.popleft())
+        return group
+
+    def _deliver(self, group: list[PendingReport]) -> None:
         if self._state is not ReporterState.OPEN:
-            self._drop(pending.report, f"reporting is {self._state.value}")
+            self._drop_all(group, f"reporting is {self._state.value}")
             return
         try:
-            report, left_out = pending.resolve(timeout_s=self._budget_s)
-            if left_out:
-                self._warn(report, f"sent without {' and '.join(left_out)}")
+            reports = [self._resolve(pending) for pending in group]
             until_answered(
-                lambda left_s: self._send(report, min(max(left_s, 0.1), _CALL_TIMEOUT_S)),
+                lambda left_s: self._send(
+                    _without_earlier_cursors(reports), min(max(left_s, 0.1), _CALL_TIMEOUT_S)
+                ),
                 budget_s=self._budget_s,
                 retry=self._retry,
                 wait=self._closing.wait,
@@ -199,19 +226,41 @@ class Reporter:
             with self._changed:
                 if self._state is ReporterState.OPEN:
                     self._state = ReporterState.FENCED
-            self._drop(pending.report, str(error))
+            self._drop_all(group, str(error))
+        except Retryable as error:
+            # Time is over for the oldest one only.
+            self._drop(group[0].report, str(error))
+            self._put_back(group[1:])
         except HeadraceError as error:
-            self._drop(pending.report, str(error))
+            if len(group) == 1:
+                self._drop(group[0].report, str(error))
+            # One of several was refused; the others must not be lost with it.
+            for pending in group if len(group) > 1 else ():
+                self._deliver([pending])
         except Exception as error:
             # A thread that dies would drop every later report without a word.
-            logger.exception(
-                "report failed unexpectedly rank=%d step=%d",
-                pending.report.rank,
-                pending.report.step,
-            )
-            self._drop(pending.report, str(error))
+            first = group[0].report
+            logger.exception("report failed unexpectedly rank=%d step=%d", first.rank, first.step)
+            self._drop_all(group, str(error))
         else:
-            self.num_sent += 1
+            self.num_sent += len(group)
+
+    def _resolve(self, pending: PendingReport) -> StepReport:
+        report, left_out = pending.resolve(timeout_s=self._budget_s)
+        if left_out:
+            self._warn(report, f"sent without {' and '.join(left_out)}")
+        return report
+
+    def _put_back(self, group: list[PendingReport]) -> None:
+        with self._changed:
+            if self._state is not ReporterState.CLOSED:
+                self._queue.extendleft(reversed(group))
+                return
+        self._drop_all(group, "the session was closed")
+
+    def _drop_all(self, group: list[PendingReport], reason: str) -> None:
+        for pending in group:
+            self._drop(pending.report, reason)
 
     def _drop(self, report: StepReport, reason: str) -> None:
         with self._changed:

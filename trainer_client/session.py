@@ -120,7 +120,7 @@ class Session(StepRecorder):
 
         self._join(resume)
         self._reporter = Reporter(
-            lambda report, timeout_s: control.report(report, timeout_s=timeout_s)
+            lambda reports, timeout_s: control.report_steps(reports, timeout_s=timeout_s)
         )
         self._step_began = time.perf_counter()
         atexit.register(self.close)

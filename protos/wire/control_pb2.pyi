@@ -243,7 +243,7 @@ class ReportRequest(_message.Message):
 
     @_builtins.property
     def cursors(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Cursor]:
-        """of this rank's lanes, after the step"""
+        """of this rank's lanes, after the step; of ReportSteps' the last has them"""
 
     def __init__(
         self,
@@ -287,7 +287,7 @@ class ReportResponse(_message.Message):
     plan_version: _builtins.int
     sealed_through: _builtins.int
     counted: _builtins.bool
-    """false: this report was known already, or came too late for its decision"""
+    """false: a report was known already, or came too late for its decision"""
     def __init__(
         self,
         *,
@@ -302,6 +302,26 @@ class ReportResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportResponse: _TypeAlias = ReportResponse  # noqa: Y015
+
+@_typing.final
+class ReportStepsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPORTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReportRequest]: ...
+    def __init__(
+        self,
+        *,
+        reports: _abc.Iterable[Global___ReportRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reports", b"reports"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportStepsRequest: _TypeAlias = ReportStepsRequest  # noqa: Y015
 
 @_typing.final
 class WatchPlansRequest(_message.Message):

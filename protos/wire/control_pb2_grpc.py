@@ -49,6 +49,11 @@ class ControlStub(object):
                 request_serializer=protos_dot_wire_dot_control__pb2.ReportRequest.SerializeToString,
                 response_deserializer=protos_dot_wire_dot_control__pb2.ReportResponse.FromString,
                 _registered_method=True)
+        self.ReportSteps = channel.unary_unary(
+                '/headrace.v1.Control/ReportSteps',
+                request_serializer=protos_dot_wire_dot_control__pb2.ReportStepsRequest.SerializeToString,
+                response_deserializer=protos_dot_wire_dot_control__pb2.ReportResponse.FromString,
+                _registered_method=True)
         self.WatchPlans = channel.unary_stream(
                 '/headrace.v1.Control/WatchPlans',
                 request_serializer=protos_dot_wire_dot_control__pb2.WatchPlansRequest.SerializeToString,
@@ -85,6 +90,13 @@ class ControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportSteps(self, request, context):
+        """Several of one rank's reports, each as in Report, in the order of their steps.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchPlans(self, request, context):
         """The plans from the generation's first step on, then every seal.
         """
@@ -115,6 +127,11 @@ def add_ControlServicer_to_server(servicer, server):
             'Report': grpc.unary_unary_rpc_method_handler(
                     servicer.Report,
                     request_deserializer=protos_dot_wire_dot_control__pb2.ReportRequest.FromString,
+                    response_serializer=protos_dot_wire_dot_control__pb2.ReportResponse.SerializeToString,
+            ),
+            'ReportSteps': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportSteps,
+                    request_deserializer=protos_dot_wire_dot_control__pb2.ReportStepsRequest.FromString,
                     response_serializer=protos_dot_wire_dot_control__pb2.ReportResponse.SerializeToString,
             ),
             'WatchPlans': grpc.unary_stream_rpc_method_handler(
@@ -208,6 +225,33 @@ class Control(object):
             target,
             '/headrace.v1.Control/Report',
             protos_dot_wire_dot_control__pb2.ReportRequest.SerializeToString,
+            protos_dot_wire_dot_control__pb2.ReportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportSteps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.v1.Control/ReportSteps',
+            protos_dot_wire_dot_control__pb2.ReportStepsRequest.SerializeToString,
             protos_dot_wire_dot_control__pb2.ReportResponse.FromString,
             options,
             channel_credentials,

@@ -37,6 +37,8 @@ class ControlStub:
     """Who serves which lane now. Read-only."""
     Report: _grpc.UnaryUnaryMultiCallable[_control_pb2.ReportRequest, _control_pb2.ReportResponse]
     """Idempotent by (generation, rank, step)."""
+    ReportSteps: _grpc.UnaryUnaryMultiCallable[_control_pb2.ReportStepsRequest, _control_pb2.ReportResponse]
+    """Several of one rank's reports, each as in Report, in the order of their steps."""
     WatchPlans: _grpc.UnaryStreamMultiCallable[_control_pb2.WatchPlansRequest, _control_pb2.WatchPlansResponse]
     """The plans from the generation's first step on, then every seal."""
     Enlist: _grpc.StreamStreamMultiCallable[_control_pb2.EnlistRequest, _control_pb2.EnlistResponse]
@@ -51,6 +53,8 @@ class ControlAsyncStub(ControlStub):
     """Who serves which lane now. Read-only."""
     Report: _aio.UnaryUnaryMultiCallable[_control_pb2.ReportRequest, _control_pb2.ReportResponse]  # type: ignore[assignment]
     """Idempotent by (generation, rank, step)."""
+    ReportSteps: _aio.UnaryUnaryMultiCallable[_control_pb2.ReportStepsRequest, _control_pb2.ReportResponse]  # type: ignore[assignment]
+    """Several of one rank's reports, each as in Report, in the order of their steps."""
     WatchPlans: _aio.UnaryStreamMultiCallable[_control_pb2.WatchPlansRequest, _control_pb2.WatchPlansResponse]  # type: ignore[assignment]
     """The plans from the generation's first step on, then every seal."""
     Enlist: _aio.StreamStreamMultiCallable[_control_pb2.EnlistRequest, _control_pb2.EnlistResponse]  # type: ignore[assignment]
@@ -80,6 +84,14 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.ReportResponse, _abc.Awaitable[_control_pb2.ReportResponse]]:
         """Idempotent by (generation, rank, step)."""
+
+    @_abc_1.abstractmethod
+    def ReportSteps(
+        self,
+        request: _control_pb2.ReportStepsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ReportResponse, _abc.Awaitable[_control_pb2.ReportResponse]]:
+        """Several of one rank's reports, each as in Report, in the order of their steps."""
 
     @_abc_1.abstractmethod
     def WatchPlans(

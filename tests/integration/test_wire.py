@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 
@@ -26,6 +27,7 @@ from protos.types import (
     JoinRequest,
     OpenStream,
     Rank,
+    Step,
     WorkerBeat,
 )
 from tests.fakes_services import ScriptedController, ScriptedWorker, serving
@@ -42,11 +44,17 @@ from tests.property.test_codec import (
 
 
 def test_unary_calls_answer_in_our_types() -> None:
-    with serving(ScriptedController()) as address:
+    controller = ScriptedController()
+    with serving(controller) as address:
         client, admin = ControlClient(address), AdminClient(address)
         assert client.join(JOIN).spec == SPEC
         assert client.locate(Generation(1)) == (ENDPOINT,)
         assert client.report(REPORT).sealed_through == 5
+        later = dataclasses.replace(REPORT, step=Step(REPORT.step + 1))
+        assert client.report_steps([REPORT, later]).sealed_through == 5
+        assert [report.step for report in controller.reports[1:]] == [REPORT.step, later.step]
+        with pytest.raises(InvalidMessage, match="at least one report"):
+            client.report_steps([])
         assert admin.status() == STATUS
         assert admin.snapshot_policy() == "/snapshots/7"
         admin.freeze()

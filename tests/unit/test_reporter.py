@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from protos.errors import ControllerUnreachable, HeadraceError, InvalidMessage, StaleGeneration
 from protos.retry import Retry
-from protos.types import Generation, Rank, ReportAnswer, Step, StepReport
+from protos.types import Generation, Lane, Rank, ReportAnswer, Step, StepReport
 from trainer_client.device_copy import HostCopy
 from trainer_client.reporter import PendingReport, Reporter, ReporterState
 
@@ -41,23 +43,31 @@ class Controller:
 
     def __init__(self) -> None:
         self.taken: list[StepReport] = []
+        self.calls: list[list[int]] = []
+        self.refused: set[int] = set()
         self.errors: list[HeadraceError] = []
         self.asked = threading.Event()
         self.answer = threading.Event()
         self.answer.set()
 
-    def report(self, report: StepReport, timeout_s: float) -> ReportAnswer:
+    def report(self, reports: Sequence[StepReport], timeout_s: float) -> ReportAnswer:
         self.asked.set()
         assert self.answer.wait(20)
         if self.errors:
             raise self.errors.pop(0)
-        self.taken.append(report)
+        if any(report.step in self.refused for report in reports):
+            raise InvalidMessage("no such step")
+        self.calls.append([report.step for report in reports])
+        self.taken.extend(reports)
         return ANSWER
 
 
 @contextmanager
 def reporting(
-    send: Callable[[StepReport, float], ReportAnswer], *, capacity: int = 4, budget_s: float = 5.0
+    send: Callable[[Sequence[StepReport], float], ReportAnswer],
+    *,
+    capacity: int = 4,
+    budget_s: float = 5.0,
 ) -> Iterator[Reporter]:
     reporter = Reporter(send, capacity=capacity, budget_s=budget_s, retry=QUICK)
     try:
@@ -112,6 +122,79 @@ def test_a_controller_that_hangs_costs_reports_and_no_time(
     ]
 
 
+def _place(step: int) -> dict[Lane, NDArray[np.uint32]]:
+    return {Lane(0): np.full((2, 3), step, np.uint32)}
+
+
+def test_what_has_come_to_wait_leaves_together_with_the_newest_places() -> None:
+    controller = Controller()
+    controller.answer.clear()
+    with reporting(controller.report, capacity=8) as reporter:
+        for step in range(5):
+            before = pending(step)
+            report = dataclasses.replace(before.report, cursors=_place(step))
+            reporter.offer(dataclasses.replace(before, report=report))
+            assert controller.asked.wait(5)
+        controller.answer.set()
+        assert reporter.flush(timeout_s=5)
+        assert (reporter.num_sent, reporter.num_dropped) == (5, 0)
+    assert controller.calls == [[0], [1, 2, 3, 4]]
+    assert [sorted(report.cursors) for report in controller.taken] == [[0], [], [], [], [0]]
+    assert controller.taken[4].cursors[Lane(0)][0, 0] == 4
+    assert controller.taken[2].loss_sum.tolist() == [1.5, 2.5]
+
+
+class _NotHere(HostCopy):
+    """Numbers that stay on the device until they are waited for."""
+
+    def is_here(self) -> bool:
+        return False
+
+
+def test_a_report_does_not_wait_for_the_numbers_of_a_later_one() -> None:
+    controller = Controller()
+    controller.answer.clear()
+    with reporting(controller.report, capacity=8) as reporter:
+        for step in range(4):
+            item = pending(step)
+            if step == 2:
+                losses = _NotHere(torch.ones((2, 2), dtype=torch.float64))
+                item = dataclasses.replace(item, losses=losses)
+            reporter.offer(item)
+            assert controller.asked.wait(5)
+        controller.answer.set()
+        assert reporter.flush(timeout_s=5)
+    assert controller.calls == [[0], [1], [2], [3]]
+
+
+def test_one_report_that_is_refused_does_not_take_the_others_with_it() -> None:
+    controller = Controller()
+    controller.answer.clear()
+    controller.refused = {2}
+    with reporting(controller.report, capacity=8) as reporter:
+        for step in range(5):
+            reporter.offer(pending(step))
+            assert controller.asked.wait(5)
+        controller.answer.set()
+        assert reporter.flush(timeout_s=5)
+        assert (reporter.num_sent, reporter.num_dropped) == (4, 1)
+    assert [report.step for report in controller.taken] == [0, 1, 3, 4]
+
+
+def test_a_group_that_nobody_answers_loses_its_oldest_report_only() -> None:
+    controller = Controller()
+    controller.answer.clear()
+    with reporting(controller.report, capacity=8, budget_s=0.0) as reporter:
+        for step in range(4):
+            reporter.offer(pending(step))
+            assert controller.asked.wait(5)
+        controller.errors = [ControllerUnreachable("down"), ControllerUnreachable("down")]
+        controller.answer.set()
+        assert reporter.flush(timeout_s=5)
+        assert (reporter.num_sent, reporter.num_dropped) == (2, 2)
+    assert controller.calls == [[2, 3]]
+
+
 def test_what_may_be_repeated_is_repeated() -> None:
     controller = Controller()
     controller.errors = [ControllerUnreachable("down"), ControllerUnreachable("down")]
@@ -128,6 +211,7 @@ def test_what_was_refused_is_dropped_and_the_next_one_sent(
     controller.errors = [InvalidMessage("loss_sum[0] is nan")]
     with caplog.at_level(logging.WARNING), reporting(controller.report) as reporter:
         reporter.offer(pending(0))
+        assert reporter.flush(timeout_s=5)
         reporter.offer(pending(1))
         assert reporter.flush(timeout_s=5)
         assert (reporter.num_sent, reporter.num_dropped) == (1, 1)
