@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from controller.draft import Draft
 from controller.guard import Guard
+from controller.hands import Hands
 from controller.history import LaneCursors, Steering
 from controller.policy_runner import Advice
+from controller.state import RunState
+from controller.step_row import StepRow
 from protos.spec import RunSpec
 from protos.types import Mixture, Step
+
+AHEAD_S = 0.1
+"""So far ahead of the trainers may be sealed where nothing remains to be learned."""
+
+MOST_AHEAD = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +64,20 @@ def choose(
     return Choice(mixture=result.mixture, reasons=result.reasons, held=result.held)
 
 
+def steps_ahead(spec: RunSpec, guard: Guard, *, step_s: float, step: Step) -> int:
+    """Return how many steps after `step` may be sealed once a policy that does not learn saw it.
+
+    At least the lag. Where a step takes less than the way from a report to a batch, lag steps would
+    not cover that way and training would wait: then it is `AHEAD_S` worth of steps, since nothing
+    that ranks report can change what is planned for them. An operator waits no longer than that.
+    """
+    lag = spec.lag
+    if step_s <= 0 or guard.counts_epochs:
+        return lag
+    ahead = min(round(AHEAD_S / step_s), MOST_AHEAD, spec.num_steps - 1 - step)
+    return max(lag, ahead)
+
+
 def delivered_epochs(cursors: LaneCursors, spec: RunSpec) -> tuple[float, ...] | None:
     """Return how often each domain has been read, by the lane that is furthest; None: not known."""
     if not cursors:
@@ -66,8 +88,47 @@ def delivered_epochs(cursors: LaneCursors, spec: RunSpec) -> tuple[float, ...] |
     )
 
 
-def json_shares(shares: Sequence[float] | None) -> list[float | str] | None:
-    """Return shares as JSON values, those that are not finite as text."""
-    if shares is None:
-        return None
-    return [share if math.isfinite(share) else str(share) for share in shares]
+async def propose_ahead(rows: Sequence[StepRow], state: RunState, hands: Hands) -> None:
+    """Have a policy that does not learn propose for all steps that may be sealed after `rows`."""
+    heard = [row for row in rows if row.reports]
+    if not heard:
+        return
+    ahead = steps_ahead(state.spec, hands.guard, step_s=hands.metrics.step_s, step=heard[-1].step)
+    first, end = state.sealed_through + 1, heard[-1].step + ahead + 1
+    steps = range(first, max(first, end))
+    advices = await hands.policy.advise_ahead([row.observation for row in heard], steps)
+    proposals = list(zip(map(Step, steps), advices, strict=True))
+    for row in heard:
+        row.to_policy = True
+        # The later ones come with the rows whose steps are so much later.
+        fitting = [each for each in proposals if each[0] <= row.step + ahead]
+        row.proposals, proposals = fitting, proposals[len(fitting) :]
+
+
+def choose_all(
+    proposals: Sequence[tuple[Step, Advice]],
+    draft: Draft,
+    state: RunState,
+    hands: Hands,
+    steering: Steering,
+) -> list[str]:
+    """Decide on the steps of `proposals`, one after the other; return the reasons."""
+    guard = hands.guard
+    epochs = delivered_epochs(state.cursors, state.spec) if guard.counts_epochs else None
+    composed_through = hands.workers.composed_through(state.generation)
+    reasons: list[str] = []
+    for target, advice in proposals:
+        choice = choose(
+            advice,
+            target=target,
+            in_force=draft.in_force,
+            sealed_through=draft.sealed_through,
+            composed_through=composed_through,
+            steering=steering,
+            guard=guard,
+            delivered_epochs=epochs,
+        )
+        hands.metrics.totals.held_decisions += choice.held
+        draft.seal(target, choice.mixture, choice.reasons)
+        reasons += [reason for reason in choice.reasons if reason not in reasons]
+    return reasons

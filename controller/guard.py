@@ -70,6 +70,12 @@ class Guard:
         self._floor = max(config.min_share, config.min_sequences / context.global_sequences)
         self._check(len(context.domains))
         self._low, self._high = self._quantised(len(context.domains))
+        self._last: tuple[tuple[tuple[float, ...], Mixture], GuardResult] | None = None
+
+    @property
+    def counts_epochs(self) -> bool:
+        """Whether what it allows depends on how often each domain has been read."""
+        return self._config.max_epochs is not None
 
     @staticmethod
     def hold(held: Mixture, reason: str) -> GuardResult:
@@ -90,6 +96,20 @@ class Guard:
             held: the mixture in force.
             delivered_epochs: how often each domain has been read so far; None: not known.
         """
+        if self.counts_epochs:
+            return self._apply(proposal, held, delivered_epochs)
+        # Most policies propose the same for many steps.
+        question = (tuple(proposal), held)
+        if self._last is None or self._last[0] != question:
+            self._last = question, self._apply(proposal, held, delivered_epochs)
+        return self._last[1]
+
+    def _apply(
+        self,
+        proposal: Sequence[float],
+        held: Mixture,
+        delivered_epochs: Sequence[float] | None,
+    ) -> GuardResult:
         shares = np.asarray(proposal, dtype=np.float64)
         fault = self._fault(shares)
         if fault:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 from controller import history as past
 from controller.aggregate import Aggregator, add_up, cursors_after
-from controller.decide import choose, delivered_epochs
+from controller.decide import choose_all, propose_ahead
 from controller.hands import Hands, Pace
 from controller.history import Steering
 from controller.ledger_schema import (
@@ -31,10 +31,11 @@ from controller.ledger_schema import (
     event_entry,
     fork_entry,
     membership_entry,
-    plan_entry,
 )
 from controller.membership import Gathering, Membership, joined_cursors
+from controller.patience import Patience
 from controller.policy_runner import Advice
+from controller.snapshots import SavePace
 from controller.state import RunState
 from controller.step_row import StepRow
 from controller.threads import Signal
@@ -45,6 +46,12 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
 """How often waiting times are looked at."""
+
+MOST_AT_ONCE = 256
+"""Steps that are closed and committed together when their reports come faster than commits end."""
+
+_AT_ONCE_S = 0.005
+"""How long steps that wait may keep the first of them from its commit."""
 
 _BEHIND = Advice(shares=None, fault="the policy is too many steps behind")
 _SILENCE = Advice(shares=None, fault="no rank reported the step")
@@ -73,10 +80,11 @@ class ControlLoop:
         self._now = now
         # Ranks may have gone on while there was no controller: how far is for workers to say.
         self._must_settle = state.membership is not None
-        self._needed_since_s: float | None = None
+        self._patience = Patience(hands.workers, grace_s=pace.report_grace_s, now=now)
         self._events: list[Entry] = []
         self._saving: set[asyncio.Task[str]] = set()
         self._saved_through = state.observed_through
+        self._save_pace = SavePace(pace.snapshot_every, now=now)
         self._stirred = Signal()
         self._turn = asyncio.Lock()
         self._writing = asyncio.Lock()
@@ -169,13 +177,12 @@ class ControlLoop:
                 cursors=cursors,
                 cursor_steps=cursor_steps,
             )
-            observed = max(state.observed_through, first - 1)
-            through = max(state.sealed_through, first - 1 + spec.lag)
             entries = [membership_entry(membership)]
             if first <= state.trained_through:
                 entries.append(fork_entry(membership, state.trained_through))
-            await self._commit([*entries, state.seal(through, observed)])
-            state.sealed(through, observed)
+            draft = state.draft(through=first - 1 + spec.lag, observed_through=first - 1)
+            await self._commit([*entries, draft.seal_record()])
+            state.sealed(draft)
             floor = min(cursor_steps.values())
             book = state.book
             if book.plans[0].first_step > floor:
@@ -183,7 +190,7 @@ class ControlLoop:
             state.begun(membership, book)
             state.trained_through = first - 1
             self._must_settle = False
-            self._needed_since_s = None
+            self._patience.begin_anew()
         self.changed.notify()
         logger.info(
             "generation=%d begins ranks=%d step=%d",
@@ -261,27 +268,12 @@ class ControlLoop:
         return not self._must_settle
 
     def _is_overdue(self, group: Aggregator) -> bool:
-        if self.is_drained:
-            # Nothing will be sealed any more, so nobody is helped by closing steps early.
-            return False
-        now, grace = self._now(), self._pace.report_grace_s
-        if self._needed(group) is None:
-            self._needed_since_s = None
-        elif self._needed_since_s is None:
-            self._needed_since_s = now
-        waits = (self._needed_since_s, group.waiting_since_s())
-        return any(since is not None and now - since >= grace for since in waits)
-
-    def _needed(self, group: Aggregator) -> int | None:
-        return self._hands.workers.needed_beyond(self.state.sealed_through, group.generation)
+        # Once drained nothing is sealed any more, so nobody is helped by closing steps early.
+        return not self.is_drained and self._patience.is_over(group, self.state)
 
     async def _close_overdue(self, group: Aggregator) -> None:
         """Go on without the reports that have not come, or never will."""
-        ends = [group.first_reported()]
-        needed = self._needed(group)
-        if needed is not None:
-            ends.append(Step(needed - self.state.spec.lag + 1))
-        end = min(step for step in ends if step is not None)
+        end = self._patience.end(group, self.state)
         if end <= group.next_step:
             await self._close(group)
         else:
@@ -295,69 +287,85 @@ class ControlLoop:
         self._hands.metrics.totals.missing_reports += (end - first) * group.world_size
         body = {"first": first, "generation": group.generation, "ranks": group.world_size}
         async with self._writing:
-            observed, through = state.observed_through, state.sealed_through
+            draft = state.draft()
             if not self.is_drained:
-                observed = max(observed, end - 1)
-                through = max(through, observed + state.spec.lag)
+                draft = state.draft(through=end - 1 + state.spec.lag, observed_through=end - 1)
             skipped = Entry(kind=Kind.SKIP, step=end - 1, body=body)
-            await self._commit([skipped, state.seal(through, observed)])
-            state.sealed(through, observed)
+            await self._commit([skipped, draft.seal_record()])
+            state.sealed(draft)
         self.changed.notify()
 
     async def _close(self, group: Aggregator) -> None:
-        """Close the group's next step, and decide what follows from it if that is still open."""
+        """Close the next step and the complete ones after it, and decide what follows from them."""
         started = self._now()
-        step, reports = group.next_step, group.close()
-        planned = self.state.book.plan_at(step).mixture
-        observation = add_up(
-            reports, self.state.spec, step=step, planned=planned, world_size=group.world_size
-        )
-        self._hands.metrics.step_closed(observation, reports)
-        record = StepRow(group, observation, reports)
-        if step <= self.state.observed_through or self.is_drained:
-            self._move_cursors(record)
-            self.note(*record.entries(self._hands.metrics, ["recorded only"]))
+        rows = [await self._take_step(group)]
+        while self._may_take_more(group, rows[-1].step, len(rows), started):
+            rows.append(await self._take_step(group))
+        rows = [row for row in rows if row.is_open]
+        if not rows:
             return
-        await self._decide(record, started)
-        self._hands.metrics.decided(self._now() - started)
+        if not self._hands.policy.learns:
+            await propose_ahead(rows, self.state, self._hands)
+        await self._decide(rows, started)
+        for _ in rows:
+            self._hands.metrics.decided(self._now() - started)
         # A disk that is slower than that gets fewer snapshots, not a queue of copies.
-        if (step + 1) % self._pace.snapshot_every == 0 and not self._saving:
+        learns = self._hands.policy.learns
+        if not self._saving and self._save_pace.is_due(rows[-1].step, learns=learns):
             self._start_snapshot()
 
-    async def _decide(self, record: StepRow, started_s: float) -> None:
-        state, hands, step = self.state, self._hands, record.observation.step
-        target = Step(step + state.spec.lag)
-        advice = _BEHIND if record.reports else _SILENCE
-        if record.reports and not hands.policy.is_behind:
-            advice = await hands.policy.advise(record.observation, target)
-            record.proposed_step, record.proposal = target, advice.shares
+    def _may_take_more(self, group: Aggregator, last: Step, count: int, started_s: float) -> bool:
+        return (
+            count < MOST_AT_ONCE
+            and self._now() - started_s < _AT_ONCE_S
+            and group is self.state.group
+            and group.is_complete()
+            and not self._save_pace.ends_with(last)
+        )
+
+    async def _take_step(self, group: Aggregator) -> StepRow:
+        """Close the next step; a policy that learns observes it."""
+        state, hands = self.state, self._hands
+        step, reports = group.next_step, group.close()
+        planned = state.book.plan_at(step).mixture
+        observation = add_up(
+            reports, state.spec, step=step, planned=planned, world_size=group.world_size
+        )
+        hands.metrics.step_closed(observation, reports)
+        row = StepRow(group, observation, reports, lag=state.spec.lag)
+        if step <= state.observed_through or self.is_drained:
+            row.is_open = False
+            self._move_cursors(row)
+            self.note(*row.entries(hands.metrics, ["recorded only"]))
+        elif not reports:
+            row.proposals = [(Step(step + state.spec.lag), _SILENCE)]
+        elif hands.policy.learns:
+            row.to_policy = not hands.policy.is_behind
+            target = Step(step + state.spec.lag)
+            advice = await hands.policy.advise(observation, target) if row.to_policy else _BEHIND
+            row.proposals = [(target, advice)]
+        return row
+
+    async def _decide(self, rows: Sequence[StepRow], started_s: float) -> None:
+        state, hands = self.state, self._hands
         async with self._writing:
-            self._move_cursors(record)
-            choice = choose(
-                advice,
-                target=target,
-                in_force=state.newest_plan.mixture,
-                sealed_through=state.sealed_through,
-                composed_through=hands.workers.composed_through(state.generation),
-                steering=self.steering,
-                guard=hands.guard,
-                delivered_epochs=delivered_epochs(state.cursors, state.spec),
-            )
-            hands.metrics.totals.held_decisions += choice.held
-            plan = state.plan_for(choice.mixture, target)
-            through, observed = max(state.sealed_through, target), max(state.observed_through, step)
-            record.decision_ms = (self._now() - started_s) * 1000
-            entries = record.entries(hands.metrics, choice.reasons, policy_phase=hands.policy.phase)
-            if plan is not None:
-                entries.append(plan_entry(plan, reason="; ".join(choice.reasons)))
-            await self._commit([*entries, state.seal(through, observed, plan)])
-            state.sealed(through, observed, plan)
+            draft = state.draft()
+            for row in rows:
+                self._move_cursors(row)
+                reasons = choose_all(row.proposals, draft, state, hands, self.steering)
+                draft.observe(row.step)
+                row.decision_ms = (self._now() - started_s) * 1000
+                draft.entries += row.entries(
+                    hands.metrics, reasons, policy_phase=hands.policy.phase
+                )
+            await self._commit([*draft.entries, draft.seal_record()])
+            state.sealed(draft)
         self.changed.notify()
 
     def _move_cursors(self, record: StepRow) -> None:
         # A generation may have begun while the policy thought; its ranks stand elsewhere.
         if record.group is self.state.group:
-            self.state.move_cursors(record.observation.step, cursors_after(record.reports))
+            self.state.move_cursors(record.step, cursors_after(record.reports))
 
     def _start_snapshot(self) -> asyncio.Task[str]:
         """Save the policy as it is now, between two decisions; `_turn` is held."""

@@ -18,6 +18,9 @@ from protos.types import StepReport
 _SPEED_STEPS = 64
 """Steps over which the speed is measured."""
 
+_PACE_STEPS = 16
+"""Steps over which it is measured how long one takes."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Totals:
@@ -33,12 +36,15 @@ class Totals:
 
     def as_json(self) -> dict[str, Any]:
         """Return JSON values for the ledger."""
-        return dataclasses.asdict(self)
+        return {name: getattr(self, name) for name in _TOTALS}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Totals:
         """Return what `as_json` gave."""
         return cls(**values)
+
+
+_TOTALS = tuple(field.name for field in dataclasses.fields(Totals))
 
 
 class Metrics:
@@ -51,6 +57,7 @@ class Metrics:
 
         self._now = now
         self._recent: deque[tuple[float, int]] = deque(maxlen=_SPEED_STEPS)
+        self._step_s: deque[float] = deque(maxlen=_PACE_STEPS)
         # Four bytes a decision: all of a run's can be kept.
         self._decision_ms = array("f")
 
@@ -59,6 +66,7 @@ class Metrics:
         tokens = int(observation.tokens.sum())
         self.totals.tokens += tokens
         self._recent.append((self._now(), tokens))
+        self._step_s.append(max((report.step_s for report in reports), default=0.0))
         self.totals.missing_reports += observation.num_missing_ranks
         self.totals.degraded_steps += any(report.degraded for report in reports)
         for name in ("step_s", "data_wait_s", "probe_s"):
@@ -66,6 +74,11 @@ class Metrics:
             setattr(self.totals, name, spent)
         loss = observation.loss
         self.loss = np.where(np.isnan(loss), self.loss, loss)
+
+    @property
+    def step_s(self) -> float:
+        """Return how long a step of the slowest rank takes at present; 0: nobody has said."""
+        return sum(self._step_s) / len(self._step_s) if self._step_s else 0.0
 
     def decided(self, decision_s: float) -> None:
         """Note how long a decision took, from the last report to the announcement."""

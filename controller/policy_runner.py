@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from controller.ledger_schema import StepRecord
 from controller.observation import StepObservation
@@ -47,6 +48,9 @@ class PolicyRunner:
         self._writer = SingleThread("headrace-policy-writer")
         self._backlog = 0
         self.name = policy.name
+        self.learns = bool(policy.needs)
+        """False: what it proposes for a step is known before the run begins."""
+
         self.phase = policy.phase
         """What the policy was doing when it last came back."""
 
@@ -64,14 +68,29 @@ class PolicyRunner:
         self._backlog += 1
         future = asyncio.wrap_future(self._thread.submit(self._turn, observation, step))
         future.add_done_callback(self._ended)
+        fault = await self._fault(future, observation.step)
+        return Advice(shares=None, fault=fault) if fault else Advice(shares=future.result())
+
+    async def advise_ahead(
+        self, observations: Sequence[StepObservation], steps: range
+    ) -> list[Advice]:
+        """Have a policy that does not learn propose for many steps, within the budget of one."""
+        future = asyncio.wrap_future(self._thread.submit(self._turns, observations, steps))
+        fault = await self._fault(future, observations[-1].step)
+        if fault:
+            return [Advice(shares=None, fault=fault)] * len(steps)
+        return [Advice(shares=shares) for shares in future.result()]
+
+    async def _fault(self, future: asyncio.Future[Any], step: Step) -> str:
+        """Wait for the policy; return what went wrong, empty if nothing did."""
         done, _ = await asyncio.wait({future}, timeout=self._budget_s)
         if not done:
-            return Advice(shares=None, fault=f"the policy took more than {self._budget_s:g} s")
+            return f"the policy took more than {self._budget_s:g} s"
         error = future.exception()
         if error is not None:
-            logger.error("policy failed step=%d", observation.step, exc_info=error)
-            return Advice(shares=None, fault=f"the policy failed: {type(error).__name__}: {error}")
-        return Advice(shares=future.result())
+            logger.error("policy failed step=%d", step, exc_info=error)
+            return f"the policy failed: {type(error).__name__}: {error}"
+        return ""
 
     def save(self, write: Callable[[PolicyState], Path]) -> Future[Path]:
         """Have `write` save the policy's state as it is after all observations given so far.
@@ -101,6 +120,13 @@ class PolicyRunner:
         shares = tuple(float(share) for share in self._policy.propose(step))
         self.phase = self._policy.phase
         return shares
+
+    def _turns(
+        self, observations: Sequence[StepObservation], steps: range
+    ) -> list[tuple[float, ...]]:
+        for observation in observations:
+            self._policy.observe(observation)
+        return [tuple(float(share) for share in self._policy.propose(Step(step))) for step in steps]
 
     def _replay(self, state: PolicyState | None, records: Iterable[StepRecord]) -> None:
         if state is not None:

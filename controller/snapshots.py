@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from controller.policy import artefact
 from controller.policy.base import PolicyState
 from protos.errors import LedgerError
+from protos.types import Step
 
 NUM_KEPT = 3
 """Older snapshots are removed: what was observed since a newer one is in the ledger."""
+
+
+_APART_S = 1.0
+"""Time between snapshots of a policy that does not learn, however short the steps are."""
 
 
 class Snapshots:
@@ -45,3 +51,24 @@ class Snapshots:
         except OSError as error:
             raise LedgerError(f"cannot save the policy's state to {path}: {error}") from error
         return path
+
+
+class SavePace:
+    """When the policy is saved: every so many steps, and seldom where there is little to save."""
+
+    def __init__(self, every: int, *, now: Callable[[], float]) -> None:
+        self._every = every
+        self._now = now
+        self._saved_at_s = -math.inf
+
+    def ends_with(self, step: Step) -> bool:
+        """Say whether the policy may be saved as it is after `step`."""
+        return (step + 1) % self._every == 0
+
+    def is_due(self, step: Step, *, learns: bool) -> bool:
+        """Say whether to save it after `step`."""
+        now = self._now()
+        if not self.ends_with(step) or (not learns and now - self._saved_at_s < _APART_S):
+            return False
+        self._saved_at_s = now
+        return True

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from controller import history as past
 from controller.aggregate import Aggregator
+from controller.draft import Draft
 from controller.history import History, LaneCursors
-from controller.ledger_schema import CARRY_EVERY, Entry, seal_entry
+from controller.ledger_schema import CARRY_EVERY
 from controller.membership import Membership
 from protos.errors import Disagreement
 from protos.planbook import PlanBook
 from protos.spec import RunSpec
-from protos.types import Cursors, Generation, Lane, Mixture, Plan, PlanEvent, Rank, Step
+from protos.types import Cursors, Generation, Lane, Plan, PlanEvent, Rank, Step
 
 NO_GENERATION = Generation(0)
 
@@ -58,7 +59,7 @@ class RunState:
     @property
     def newest_plan(self) -> Plan:
         """The plan of the last sealed step, and of those after it as far as is known."""
-        return self.book.plans[-1]
+        return self.book.newest
 
     @property
     def floor(self) -> Step:
@@ -80,38 +81,27 @@ class RunState:
         self.cursors.update((lane, (Step(step + 1), places)) for lane, places in newer.items())
         return newer
 
-    def plan_for(self, mixture: Mixture, first_step: Step) -> Plan | None:
-        """Return the plan that brings `mixture` from `first_step` on; None: it holds already."""
-        last = self.newest_plan
-        if mixture == last.mixture:
-            return None
-        return Plan(
-            version=last.version + 1,
-            first_step=first_step,
-            mixture=mixture,
-            carry_q32=tuple(self.book.carry(first_step).tolist()),
+    def draft(self, *, through: int = -1, observed_through: int = -1) -> Draft:
+        """Begin decisions that come after what has been sealed.
+
+        Args:
+            through: seal so far under the plans held.
+            observed_through: count the steps up to this one as decided upon.
+        """
+        draft = Draft(
+            self.book, sealed_through=self.sealed_through, observed_through=self.observed_through
         )
+        draft.sealed_through = max(draft.sealed_through, through)
+        draft.observe(observed_through)
+        return draft
 
-    def seal(self, through: int, observed_through: int, plan: Plan | None = None) -> Entry:
-        """Return the record of a seal that comes with `plan`, or under the plans held."""
-        carry = None
-        if past.crosses_carry_snapshot(self.sealed_through, through):
-            book = self.book
-            if plan is not None:
-                # The run's book does not hold the new plan before the commit.
-                book = PlanBook(global_sequences=self.spec.global_sequences)
-                book.add(plan)
-            carry = book.carry(Step(through + 1))
-        return seal_entry(through, observed_through=observed_through, carry_after=carry)
-
-    def sealed(self, through: int, observed_through: int, plan: Plan | None = None) -> None:
-        """Go on to what has been sealed."""
-        if plan is not None:
-            self.book.add(plan)
-        if through // CARRY_EVERY > self.sealed_through // CARRY_EVERY:
+    def sealed(self, draft: Draft) -> None:
+        """Go on to what has been committed."""
+        self.book = draft.book
+        if draft.sealed_through // CARRY_EVERY > self.sealed_through // CARRY_EVERY:
             self.book.forget_before(self.floor)
-        self.sealed_through = through
-        self.observed_through = observed_through
+        self.sealed_through = draft.sealed_through
+        self.observed_through = draft.observed_through
 
     def next_membership(
         self,

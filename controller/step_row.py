@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from controller.aggregate import Aggregator, cursors_after
-from controller.decide import json_shares
 from controller.ledger_schema import Entry, Kind, cursors_entry, observation_body
 from controller.metrics import Metrics
 from controller.observation import StepObservation
+from controller.policy_runner import Advice
 from protos.types import Step, StepReport
 
 
@@ -17,29 +18,49 @@ class StepRow:
     """What is known of a step, gathered while it is decided upon."""
 
     def __init__(
-        self, group: Aggregator, observation: StepObservation, reports: list[StepReport]
+        self,
+        group: Aggregator,
+        observation: StepObservation,
+        reports: list[StepReport],
+        *,
+        lag: int,
     ) -> None:
         self.group = group
         self.observation = observation
         self.reports = reports
-        self.proposed_step: Step | None = None
-        """The policy observed the step and proposed for this one; None: it did neither."""
+        self._lag = lag
+        self.is_open = True
+        """Whether a decision follows from the step; False: it is recorded only."""
 
-        self.proposal: tuple[float, ...] | None = None
+        self.to_policy = False
+        """Whether the policy observed it, and proposed."""
+
+        self.proposals: list[tuple[Step, Advice]] = []
+        """The steps to decide upon, in order, with what the policy advises for each."""
+
         self.decision_ms = 0.0
+
+    @property
+    def step(self) -> Step:
+        """Which one it is."""
+        return self.observation.step
 
     def entries(
         self, metrics: Metrics, reasons: Sequence[str], *, policy_phase: str = ""
     ) -> list[Entry]:
         """Return the records of the step."""
-        reports, step = self.reports, self.observation.step
+        reports, step = self.reports, self.step
+        proposed_step, proposal = Step(step + self._lag), None
+        if self.proposals:
+            proposed_step, advice = self.proposals[-1]
+            proposal = advice.shares
         body: dict[str, Any] = {
             "generation": self.group.generation,
             "world_size": self.group.world_size,
             "observation": observation_body(self.observation),
-            "to_policy": self.proposed_step is not None,
-            "proposed_step": self.proposed_step if self.proposed_step is not None else -1,
-            "proposal": json_shares(self.proposal),
+            "to_policy": self.to_policy,
+            "proposed_step": proposed_step if self.to_policy else -1,
+            "proposal": _json_shares(proposal) if self.to_policy else None,
             "policy_phase": policy_phase,
             "reasons": list(reasons),
             "decision_ms": self.decision_ms,
@@ -55,3 +76,10 @@ class StepRow:
         if cursors := cursors_after(reports):
             entries.append(cursors_entry(step, cursors, self.group.generation))
         return entries
+
+
+def _json_shares(shares: Sequence[float] | None) -> list[float | str] | None:
+    """Return shares as JSON values, those that are not finite as text."""
+    if shares is None:
+        return None
+    return [share if math.isfinite(share) else str(share) for share in shares]

@@ -33,6 +33,19 @@ class PlanBook:
         """All plans held, in order of `first_step`."""
         return tuple(self._plans)
 
+    @property
+    def newest(self) -> Plan:
+        """The plan that goes on for ever."""
+        return self._plans[-1]
+
+    def copy(self) -> PlanBook:
+        """Return a book of the same plans that can be added to on its own."""
+        book = PlanBook(global_sequences=self._global_sequences)
+        book._plans = self._plans.copy()
+        book._steps = self._steps.copy()
+        book.sealed_through = self.sealed_through
+        return book
+
     def add(self, plan: Plan) -> None:
         """Append a plan.
 

@@ -23,7 +23,7 @@ class HostCopy:
 
     def is_here(self) -> bool:
         """Say whether `wait` would return at once."""
-        return self._copied is None or self._copied.query()
+        return self._copied is None or bool(self._copied.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> NDArray[Any]:
         """Return the values once they are here."""
