@@ -82,6 +82,8 @@ class BatchSection(Section):
     lanes: Count = 8
     window_samples: Count = 4096
     interleave: Count = 4
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """Whether documents are joined and cut, or laid into sequences undivided where they fit."""
 
     @model_validator(mode="after")
     def _parts_are_equal(self) -> BatchSection:

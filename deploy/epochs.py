@@ -21,6 +21,7 @@ from deploy.history import Delivery, History
 from loader_workers.convert import Converter
 from loader_workers.tokenize import make_tokenize
 from loader_workers.window import Tokens
+from protos.spec import BEST_FIT
 from protos.types import Lane
 
 
@@ -37,6 +38,12 @@ class Contents(ExpectedOrder, Protocol):
     @property
     def lanes(self) -> int:
         """How many lanes a domain is divided among."""
+
+    def num_added(self, documents: Sequence[Document], num_sequences: int) -> int:
+        """Return how many tokens so many sequences of a window hold beside its documents' own.
+
+        These are end-of-text tokens, and tokens that begin a sequence after they ended another.
+        """
 
     def documents(self, domain: str, lane: int, epoch: int, window: int) -> Sequence[Document]:
         """Return the documents that a window joins."""
@@ -137,7 +144,8 @@ def _hold(
             ]
             for _ in range(min(map(len, came), default=0)):
                 delivered.update(documents)
-            num_tokens += _counted(came, len(documents))
+            each = [one.num_tokens for sequence in came for one in sequence]
+            num_tokens += sum(each) - contents.num_added(documents, len(each)) if each else 0
     return EpochAccount(
         domain=domain,
         epoch=epoch,
@@ -147,15 +155,6 @@ def _hold(
         missing=(index - delivered).total(),
         extra=(delivered - index).total(),
     )
-
-
-def _counted(came: Sequence[Sequence[Delivery]], num_documents: int) -> int:
-    """Return how many tokens of documents counted in what came of a window.
-
-    Each sequence's first token is the last of the one before; only the window's first is not.
-    """
-    each = [one.num_tokens - 1 for sequence in came for one in sequence]
-    return sum(each) + 1 - (num_documents - 1) if each else 0
 
 
 class ShardContents(ShardOrder):
@@ -169,6 +168,15 @@ class ShardContents(ShardOrder):
     def lanes(self) -> int:
         """How many lanes a domain is divided among."""
         return self._dataset.spec.lanes
+
+    def num_added(self, documents: Sequence[Document], num_sequences: int) -> int:
+        """Return how many tokens so many sequences of a window hold beside its documents' own."""
+        spec = self._dataset.spec
+        if spec.packing == BEST_FIT:
+            # A document's end-of-text token, and the first one of each further piece of it.
+            return sum(-(-one.num_tokens // spec.sequence_length) for one in documents)
+        # The first token of each sequence but the first, and an end-of-text between documents.
+        return num_sequences - 1 + len(documents) - 1
 
     def documents(self, domain: str, lane: int, epoch: int, window: int) -> Sequence[Document]:
         """Return the documents that a window joins."""

@@ -132,6 +132,7 @@ def checks(findings: Findings) -> dict[str, Any]:
         "duplicated": account.duplicated,
         "mismatched": account.mismatched,
         "misordered": account.misordered,
+        "padding_share": _padding_share(findings),
         "complete_epochs": dict(Counter(epoch.domain for epoch in findings.epochs)),
         "inexact_epochs": len(inexact),
         "superseded": findings.history.num_superseded,
@@ -141,6 +142,13 @@ def checks(findings: Findings) -> dict[str, Any]:
         "disobeyed_steps": list(obedience.disobeyed_steps),
         "faults": account.faults + inexact[:MAX_FAULTS_NAMED],
     }
+
+
+def _padding_share(findings: Findings) -> float | None:
+    """Return which part of the places in the sequences received held no token."""
+    num_tokens = [one.num_tokens for one in findings.history.deliveries]
+    places = len(num_tokens) * (findings.config.batch.sequence_length + 1)
+    return round(1 - sum(num_tokens) / places, 5) if places else None
 
 
 def _domains(findings: Findings) -> dict[str, dict[str, Any]]:
@@ -233,7 +241,8 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
         f"{math.floor(report['max_share_error_sequences'] * 1000) / 1000:.3f} sequences",
         f"of {report['sequences']:,} sequences lost {report['lost']}, duplicated "
         f"{report['duplicated']}, mismatched {report['mismatched']}, misordered "
-        f"{report['misordered']}; quarantined {report['quarantined']}",
+        f"{report['misordered']}; quarantined {report['quarantined']}; padding "
+        f"{_number(report['padding_share'], '.2%')}",
         _epochs_line(report),
         f"decisions {_number(decision.get('p50'), '.1f')} ms (p99 "
         f"{_number(decision.get('p99'), '.1f')} ms), obeyed after "

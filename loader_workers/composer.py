@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from loader_workers.lane import LaneReader
 from loader_workers.source import WindowSource
+from protos.documents import DocumentStarts
 from protos.slots import deal
 from protos.types import Cursors, Lane, LaneBatch, Step
 
@@ -17,12 +18,20 @@ class Composer:
     """The lanes of one stream, moved on step by step. Not thread-safe."""
 
     def __init__(
-        self, source: WindowSource, cursors: Cursors, *, first_slot: int, end_slot: int
+        self,
+        source: WindowSource,
+        cursors: Cursors,
+        *,
+        first_slot: int,
+        end_slot: int,
+        documents: bool = False,
     ) -> None:
         self._spec = source.spec
         self._slots = range(first_slot, end_slot)
+        self._documents = documents
         self._lanes = {
-            lane: LaneReader(source, lane, places) for lane, places in sorted(cursors.items())
+            lane: LaneReader(source, lane, places, documents=documents)
+            for lane, places in sorted(cursors.items())
         }
 
     def prepare(self, shares: Sequence[float]) -> None:
@@ -56,6 +65,7 @@ class Composer:
         tokens = np.empty((width, spec.sequence_length + 1), dtype=spec.token_dtype)
         num_tokens = np.empty(width, dtype=np.uint32)
         places = np.empty((width, 3), dtype=np.uint32)
+        starts: list[NDArray[np.int64]] = []
         by_domain = np.argsort(labels, kind="stable")
         ends = np.cumsum(np.bincount(labels, minlength=spec.num_domains)).tolist()
         start = 0
@@ -64,6 +74,7 @@ class Composer:
                 slots, taken = by_domain[start:end], reader.take(domain, end - start)
                 tokens[slots], num_tokens[slots] = taken.tokens, taken.num_tokens
                 places[slots] = taken.places
+                starts += taken.document_starts
                 start = end
         lane_first = lane * width
         first = max(self._slots.start, lane_first)
@@ -76,9 +87,18 @@ class Composer:
             num_tokens=num_tokens[mine],
             places=places[mine],
             cursor_after=reader.places(),
+            documents=_in_slot_order(starts, by_domain, mine) if self._documents else None,
         )
 
     def close(self) -> None:
         """Give up what is being opened ahead; idempotent."""
         for reader in self._lanes.values():
             reader.close()
+
+
+def _in_slot_order(
+    starts: list[NDArray[np.int64]], slots: NDArray[np.int64], mine: slice
+) -> DocumentStarts:
+    """Bring the sequences' document starts, taken domain by domain, into the order of slots."""
+    by_slot = np.argsort(slots)[mine].tolist()
+    return DocumentStarts.of([starts[place] for place in by_slot])

@@ -48,6 +48,9 @@ class Taken:
     places: NDArray[np.uint32]
     """[sequences, 3]: where each stood."""
 
+    document_starts: list[NDArray[np.int64]]
+    """Where documents begin in each sequence, its own start aside; empty: not asked for."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class _Segment:
@@ -181,8 +184,11 @@ class LanePosition:
 class LaneReader:
     """Delivers a lane's sequences, domain by domain. Not thread-safe."""
 
-    def __init__(self, source: WindowSource, lane: Lane, places: Places) -> None:
+    def __init__(
+        self, source: WindowSource, lane: Lane, places: Places, *, documents: bool = False
+    ) -> None:
         self._spec = source.spec
+        self._documents = documents
         self._positions = [
             LanePosition(source, domain, lane, place)
             for domain, place in enumerate(places.tolist())
@@ -215,7 +221,14 @@ class LaneReader:
             places[:, 0] = segment.epoch
             places[:, 1] = segment.window
             places[:, 2] = np.arange(segment.start, segment.end)
-            parts.append(Taken(tokens=tokens, num_tokens=num_tokens, places=places))
+            starts = (
+                segment.opened.document_starts(segment.start, segment.end)
+                if self._documents
+                else []
+            )
+            parts.append(
+                Taken(tokens=tokens, num_tokens=num_tokens, places=places, document_starts=starts)
+            )
             count -= len(tokens)
         if len(parts) == 1:
             return parts[0]
@@ -223,6 +236,7 @@ class LaneReader:
             tokens=np.concatenate([part.tokens for part in parts]),
             num_tokens=np.concatenate([part.num_tokens for part in parts]),
             places=np.concatenate([part.places for part in parts]),
+            document_starts=[starts for part in parts for starts in part.document_starts],
         )
 
     def skip(self, domain: int, count: int) -> None:

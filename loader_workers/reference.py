@@ -19,8 +19,11 @@ from loader_workers.order import EpochOrder, NumberedShards, OrderKey
 from loader_workers.tokenize import Tokenize
 from loader_workers.window import Tokens
 from protos.dataset_index import DatasetIndex
-from protos.spec import RunSpec
+from protos.spec import BEST_FIT, RunSpec
 from protos.types import Lane
+
+OwnedToken = tuple[int, int]
+"""A token, and the number of its document in the window."""
 
 
 class Reference:
@@ -58,17 +61,31 @@ class Reference:
     ) -> tuple[Tokens, NDArray[np.uint32]]:
         """Return a window's sequences in delivery order, and how many tokens of each count."""
         spec = self._spec
-        joined: list[int] = []
-        for document in self.documents(domain, lane, epoch, window):
-            joined += [spec.eot_id] * bool(joined) + document.tolist()
-        cut = list(_cut(joined, spec.sequence_length))
-        order = self._order(domain, lane, epoch).sequence_order(window, len(cut))
-        tokens = np.full((len(cut), spec.sequence_length + 1), spec.eot_id, dtype=spec.token_dtype)
-        num_tokens = np.zeros(len(cut), dtype=np.uint32)
-        for row, number in enumerate(order.tolist()):
-            tokens[row, : len(cut[number])] = cut[number]
-            num_tokens[row] = len(cut[number])
+        found = self.owned_sequences(domain, lane, epoch, window)
+        tokens = np.full((len(found), spec.sequence_length + 1), spec.eot_id, spec.token_dtype)
+        num_tokens = np.zeros(len(found), dtype=np.uint32)
+        for row, sequence in enumerate(found):
+            tokens[row, : len(sequence)] = [token for token, _ in sequence]
+            num_tokens[row] = len(sequence)
         return tokens, num_tokens
+
+    def owned_sequences(
+        self, domain: str, lane: Lane, epoch: int, window: int
+    ) -> list[list[OwnedToken]]:
+        """Return a window's sequences in delivery order, each token with its document."""
+        spec = self._spec
+        documents = [
+            [(token, number) for token in [*document.tolist(), spec.eot_id]]
+            for number, document in enumerate(self.documents(domain, lane, epoch, window))
+        ]
+        if spec.packing == BEST_FIT:
+            made = _pack_best_fit(documents, spec.sequence_length)
+        else:
+            # After a window's last document stands no end-of-text.
+            joined = [token for document in documents for token in document][:-1]
+            made = list(_cut(joined, spec.sequence_length))
+        order = self._order(domain, lane, epoch).sequence_order(window, len(made))
+        return [made[number] for number in order.tolist()]
 
     def _order(self, domain: str, lane: Lane, epoch: int) -> EpochOrder:
         spec = self._spec
@@ -106,7 +123,27 @@ def expected_sequences(
     return Reference(spec, index, tokenize).sequences(domain, lane, epoch, window)
 
 
-def _cut(joined: list[int], sequence_length: int) -> Iterator[list[int]]:
+def _pack_best_fit(
+    documents: list[list[OwnedToken]], sequence_length: int
+) -> list[list[OwnedToken]]:
+    """Lay each piece, the largest first, into the fullest sequence that has room for it."""
+    pieces = [piece for document in documents for piece in _cut(document, sequence_length)]
+    bins: list[list[int]] = []
+    rooms: list[int] = []
+    for number in sorted(range(len(pieces)), key=lambda number: (-len(pieces[number]), number)):
+        size = len(pieces[number])
+        fitting = [(room, at) for at, room in enumerate(rooms) if room >= size]
+        if not fitting:
+            fitting = [(sequence_length + 1, len(bins))]
+            bins.append([])
+            rooms.append(sequence_length + 1)
+        room, at = min(fitting)
+        bins[at].append(number)
+        rooms[at] = room - size
+    return [[token for number in sorted(held) for token in pieces[number]] for held in bins]
+
+
+def _cut(joined: list[OwnedToken], sequence_length: int) -> Iterator[list[OwnedToken]]:
     """Cut so that every token but the first is trained on once; a lone token stands alone."""
     if len(joined) == 1:
         yield joined

@@ -134,7 +134,11 @@ class LoaderService:
         board.wait_generation(opening.generation)
         listener = _Listener(board.changed, opening)
         composer = Composer(
-            source, opening.cursors, first_slot=opening.first_slot, end_slot=opening.end_slot
+            source,
+            opening.cursors,
+            first_slot=opening.first_slot,
+            end_slot=opening.end_slot,
+            documents=opening.documents,
         )
         threading.Thread(
             target=listener.listen, args=(credits, self._now), name="credits", daemon=True

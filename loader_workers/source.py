@@ -77,6 +77,10 @@ class OpenedWindow:
                 self.join()
         return self._window.gather(self._delivery[start:end], self._shards)
 
+    def document_starts(self, start: int, end: int) -> list[NDArray[np.int64]]:
+        """Return where documents begin in the sequences at delivery positions [start, end)."""
+        return self._window.document_starts(self._delivery[start:end])
+
 
 class WindowSource:
     """Opens windows, at once or ahead of need on threads of its own. Thread-safe."""
@@ -144,6 +148,7 @@ class WindowSource:
             samples,
             self._token_shards(domain, positions, distance),
             sequence_length=spec.sequence_length,
+            packing=spec.packing,
             eot_id=spec.eot_id,
             dtype=spec.token_dtype,
         )

@@ -1,7 +1,7 @@
-"""A window: the documents of a few thousand samples, joined and cut into sequences.
+"""A window: the documents of a few thousand samples, packed into sequences.
 
 It knows where the documents lie, and gathers sequences from the token shards when they are taken;
-or, where there is memory for it, it lays the joined tokens side by side once (`join`), so that a
+or, where there is memory for it, it lays all tokens side by side once (`join`), so that a
 sequence is one piece of memory and the token shards are let go.
 """
 
@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from loader_workers.order import WindowSamples, num_sequences
+from loader_workers.order import WindowSamples
+from loader_workers.packing import lay_out
 from loader_workers.token_shard import TokenShard
 from protos.errors import NotReady
 
@@ -29,12 +30,10 @@ def _changed() -> NotReady:
 
 
 class Window:
-    """The sequences of one window, by their position in the joined documents.
+    """The sequences of one window, by their position in its layout.
 
-    Documents are joined with the end-of-text token between; empty ones leave no trace. Sequence i
-    holds the joined tokens from i * sequence_length on, one more than `sequence_length`; the last
-    one is padded with the end-of-text token. Thread-safe: `join` and `part` change how sequences
-    are gathered, never what they hold.
+    Documents are laid out as `loader_workers.packing` says; empty ones leave no trace. Thread-safe:
+    `join` and `part` change how sequences are gathered, never what they hold.
     """
 
     def __init__(
@@ -43,6 +42,7 @@ class Window:
         shards: Mapping[int, TokenShard],
         *,
         sequence_length: int,
+        packing: str,
         eot_id: int,
         dtype: np.dtype[np.uint16] | np.dtype[np.uint32],
     ) -> None:
@@ -57,50 +57,53 @@ class Window:
             ends[here] = shard.offsets[samples.samples[here] + 1]
         lengths = ends - starts
         full = lengths > 0
-        self._source_shards = samples.shards[full]
-        self._source_starts = starts[full]
-        self._lengths = lengths[full]
-        # Where each document starts in the joined tokens: one end-of-text token after each.
-        self._starts = np.cumsum(self._lengths + 1) - (self._lengths + 1)
-        self.num_tokens = int(self._lengths.sum()) + max(len(self._lengths) - 1, 0)
-        self.num_sequences = num_sequences(self.num_tokens, sequence_length=sequence_length)
+        layout = lay_out(lengths[full], sequence_length=sequence_length, packing=packing)
+        self._source_shards = samples.shards[full][layout.documents]
+        self._source_starts = starts[full][layout.documents] + layout.skipped
+        self._lengths = layout.lengths
+        self._starts = layout.places
+        self._stride = layout.stride
+        self._num_tokens = layout.num_tokens
+        self.num_sequences = len(layout.num_tokens)
+        overlap = sequence_length + 1 - layout.stride
+        self._num_places = self.num_sequences * layout.stride + overlap if full.any() else 0
         self._rows: Tokens | None = None
 
     @property
     def joined_bytes(self) -> int:
         """How much memory `join` takes."""
-        return (self.num_sequences * self._sequence_length + 1) * self._dtype.itemsize
+        return self._num_places * self._dtype.itemsize
 
     @property
     def is_joined(self) -> bool:
-        """Whether the joined tokens lie in memory."""
+        """Whether the tokens lie side by side in memory."""
         return self._rows is not None
 
     def join(self, shards: Mapping[int, TokenShard]) -> None:
-        """Lay the joined tokens side by side in memory."""
-        length = self._sequence_length
-        tokens = np.empty(self.num_sequences * length + 1, dtype=self._dtype)
+        """Lay the tokens side by side in memory."""
+        tokens = np.empty(self._num_places, dtype=self._dtype)
         token_arrays = {position: shard.tokens for position, shard in shards.items()}
-        eot = np.full(1, self._eot_id, dtype=self._dtype)
+        # Ends of documents and padding: what stands between the runs, and after the last.
+        gaps = np.diff(self._starts, append=self._num_places) - self._lengths
+        eots = np.full(gaps.max(initial=0), self._eot_id, dtype=self._dtype)
         pieces: list[Tokens] = []
-        for position, start, end in zip(
+        for position, start, end, gap in zip(
             self._source_shards.tolist(),
             self._source_starts.tolist(),
             (self._source_starts + self._lengths).tolist(),
+            gaps.tolist(),
             strict=True,
         ):
             pieces.append(token_arrays[position][start:end])
-            pieces.append(eot)
-        if sum(map(len, pieces)) != self.num_tokens + bool(pieces):
+            pieces.append(eots[:gap])
+        if sum(map(len, pieces)) != len(tokens):
             raise _changed()
         if pieces:
-            # After the last document stands padding, which is end-of-text too.
-            np.concatenate(pieces[:-1], out=tokens[: self.num_tokens])
-        tokens[self.num_tokens :] = self._eot_id
+            np.concatenate(pieces, out=tokens)
         self._rows = np.lib.stride_tricks.as_strided(
             tokens,
-            (self.num_sequences, length + 1),
-            (length * tokens.itemsize, tokens.itemsize),
+            (self.num_sequences, self._sequence_length + 1),
+            (self._stride * tokens.itemsize, tokens.itemsize),
             writeable=False,
         )
 
@@ -114,24 +117,38 @@ class Window:
         """Return [sequences, sequence_length + 1] tokens, and how many of each are not padding.
 
         Args:
-            sequences: positions in the joined documents.
+            sequences: positions in the layout.
             shards: asked for the token shards if the window is not joined.
         """
         width = self._sequence_length + 1
-        first = sequences * self._sequence_length
-        num_tokens = np.minimum(self.num_tokens - first, width).astype(np.uint32)
+        first = sequences * self._stride
+        num_tokens = self._num_tokens[sequences]
         rows = self._rows
         if rows is not None:
             return rows[sequences], num_tokens
-        # Filled with end-of-text: what is left of it are the joints and the padding.
+        # Filled with end-of-text: what is left of it are the ends of documents and the padding.
         tokens = np.full((len(sequences), width), self._eot_id, dtype=self._dtype)
         held = shards()
         for row, start in zip(tokens, first.tolist(), strict=True):
             self._fill(row, start, held)
         return tokens, num_tokens
 
+    def document_starts(self, sequences: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Return where documents begin in each sequence, its own start aside.
+
+        Args:
+            sequences: positions in the layout.
+        """
+        first = sequences * self._stride
+        begin = np.searchsorted(self._starts, first, side="right").tolist()
+        end = np.searchsorted(self._starts, first + self._sequence_length, side="right").tolist()
+        return [
+            self._starts[one:other] - at
+            for one, other, at in zip(begin, end, first.tolist(), strict=True)
+        ]
+
     def _fill(self, row: Tokens, start: int, shards: Mapping[int, TokenShard]) -> None:
-        """Copy into `row` what documents have of the joined tokens from `start` on."""
+        """Copy into `row` what documents have of the places from `start` on."""
         end = start + len(row)
         document = int(np.searchsorted(self._starts, start, side="right")) - 1
         while document < len(self._starts) and self._starts[document] < end:

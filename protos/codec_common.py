@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.errors import InvalidMessage
-from protos.spec import ProbeSpec, RunSpec, ValidationSpec
+from protos.spec import CONCATENATE, ProbeSpec, RunSpec, ValidationSpec
 from protos.types import (
     Cursors,
     Lane,
@@ -165,6 +165,7 @@ def spec_from_proto(message: common.RunSpec) -> RunSpec:
         fields = {name: getattr(message.probe, name) for name in _PROBE_FIELDS}
         probe = ProbeSpec(layers=tuple(message.probe.layers), **fields)
     fields = {name: getattr(message, name) for name in _SPEC_FIELDS}
+    fields["packing"] = fields["packing"] or CONCATENATE
     validation = tuple(
         ValidationSpec(every=one.every, period=one.period, span=one.span)
         for one in message.validation

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from protos.codec_common import (
     array_from_bytes,
@@ -14,6 +15,7 @@ from protos.codec_common import (
     places_from_bytes,
     places_to_bytes,
 )
+from protos.documents import DocumentStarts, starts_dtype
 from protos.types import Credit, Generation, Lane, LaneBatch, OpenStream, Rank, Step, StepBatch
 from protos.wire import data_pb2 as data
 
@@ -32,6 +34,7 @@ def open_stream_to_proto(opening: OpenStream) -> data.StreamBatchesRequest:
         end_slot=opening.end_slot,
         cursors=cursors_to_proto(opening.cursors, opening.cursor_steps),
         credits=opening.credits,
+        documents=opening.documents,
     )
     return data.StreamBatchesRequest(open=message)
 
@@ -53,6 +56,7 @@ def open_stream_from_proto(request: data.StreamBatchesRequest) -> OpenStream:
         cursors=cursors,
         cursor_steps=steps,
         credits=message.credits,
+        documents=message.documents,
     )
 
 
@@ -96,7 +100,7 @@ def step_batch_from_proto(
 
 
 def _lane_batch_to_proto(batch: LaneBatch) -> data.LaneBatch:
-    return data.LaneBatch(
+    message = data.LaneBatch(
         lane=batch.lane,
         first_slot=batch.first_slot,
         num_sequences=len(batch.tokens),
@@ -106,18 +110,38 @@ def _lane_batch_to_proto(batch: LaneBatch) -> data.LaneBatch:
         places=places_to_bytes(batch.places),
         cursor_after=places_to_bytes(batch.cursor_after),
     )
+    if batch.documents is not None:
+        dtype = starts_dtype(batch.tokens.shape[1] - 1)
+        message.document_starts = batch.documents.positions.astype(dtype).tobytes()
+        message.document_counts = batch.documents.counts.astype(dtype).tobytes()
+    return message
 
 
 def _lane_batch_from_proto(
     message: data.LaneBatch, token_dtype: np.dtype[Any], sequence_length: int
 ) -> LaneBatch:
     rows = message.num_sequences
+    num_tokens = array_from_bytes(message.num_tokens, _NUM_TOKENS, (rows,))
     return LaneBatch(
         lane=Lane(message.lane),
         first_slot=message.first_slot,
         tokens=array_from_bytes(message.tokens, token_dtype, (rows, sequence_length + 1)),
         domain_ids=array_from_bytes(message.domain_ids, _DOMAIN_IDS, (rows,)),
-        num_tokens=array_from_bytes(message.num_tokens, _NUM_TOKENS, (rows,)),
+        num_tokens=num_tokens,
         places=array_from_bytes(message.places, _NUM_TOKENS, (rows, 3)),
         cursor_after=places_from_bytes(message.cursor_after),
+        documents=_documents_from_proto(message, num_tokens, sequence_length),
     )
+
+
+def _documents_from_proto(
+    message: data.LaneBatch, num_tokens: NDArray[np.uint32], sequence_length: int
+) -> DocumentStarts | None:
+    if not message.document_counts and not message.document_starts:
+        return None
+    dtype = starts_dtype(sequence_length)
+    counts = array_from_bytes(message.document_counts, dtype, (len(num_tokens),))
+    positions = array_from_bytes(message.document_starts, dtype, (-1,))
+    documents = DocumentStarts(counts=counts.astype(np.int64), positions=positions.astype(np.int64))
+    documents.check_within(num_tokens)
+    return documents

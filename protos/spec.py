@@ -15,6 +15,12 @@ ON_DAMAGE = (SKIP_SAMPLE, QUARANTINE_SHARD, STOP)
 """What is done about a sample that cannot be read: leave it out, leave its shard out, or stop."""
 
 
+CONCATENATE = "concatenate"
+BEST_FIT = "best_fit"
+PACKINGS = (CONCATENATE, BEST_FIT)
+"""How a window's documents become sequences: joined and cut, or laid side by side undivided."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeSpec:
     """How trainers measure the alignment of the domains' gradients."""
@@ -116,6 +122,9 @@ class RunSpec:
     samples_folder: str = ""
     """Where the maps of the shards' samples are, as written by `headrace index`; empty: nowhere."""
 
+    packing: str = CONCATENATE
+    """One of `PACKINGS`."""
+
     probe: ProbeSpec | None = None
     """None: the policy needs no gradients."""
 
@@ -134,6 +143,8 @@ class RunSpec:
             raise ValueError(
                 f"on_damage must be one of {', '.join(ON_DAMAGE)}, got {self.on_damage!r}"
             )
+        if self.packing not in PACKINGS:
+            raise ValueError(f"packing must be one of {', '.join(PACKINGS)}, got {self.packing!r}")
         for name in (
             "lanes",
             "global_sequences",
@@ -183,7 +194,7 @@ class RunSpec:
         """
         names = (
             "seed domains lanes global_sequences sequence_length window_samples interleave "
-            "eot_id text_field index_sha256 tokenizer_sha256"
+            "eot_id text_field index_sha256 tokenizer_sha256 packing"
         )
         values = {name: getattr(self, name) for name in names.split()}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

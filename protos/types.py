@@ -12,6 +12,7 @@ from typing import NewType
 import numpy as np
 from numpy.typing import NDArray
 
+from protos.documents import DocumentStarts
 from protos.spec import RunSpec
 
 Rank = NewType("Rank", int)
@@ -318,6 +319,9 @@ class OpenStream:
     credits: int
     """Steps that may be sent before the first `Credit`."""
 
+    documents: bool = False
+    """Send where documents begin."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Credit:
@@ -350,6 +354,9 @@ class LaneBatch:
 
     cursor_after: Places
     """The whole lane's place in every domain after this step."""
+
+    documents: DocumentStarts | None = None
+    """Of these sequences; None: not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)

@@ -57,6 +57,7 @@ class OpenStream(_message.Message):
     END_SLOT_FIELD_NUMBER: _builtins.int
     CURSORS_FIELD_NUMBER: _builtins.int
     CREDITS_FIELD_NUMBER: _builtins.int
+    DOCUMENTS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     generation: _builtins.int
     rank: _builtins.int
@@ -66,6 +67,8 @@ class OpenStream(_message.Message):
     end_slot: _builtins.int
     credits: _builtins.int
     """steps that may be sent before the first Credit"""
+    documents: _builtins.bool
+    """send where documents begin"""
     @_builtins.property
     def cursors(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Cursor]:
         """One for each lane asked for. A cursor of an earlier step is wound forward by the worker."""
@@ -81,10 +84,11 @@ class OpenStream(_message.Message):
         end_slot: _builtins.int = ...,
         cursors: _abc.Iterable[_common_pb2.Cursor] | None = ...,
         credits: _builtins.int = ...,
+        documents: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credits", b"credits", "cursors", b"cursors", "end_slot", b"end_slot", "first_slot", b"first_slot", "from_step", b"from_step", "generation", b"generation", "rank", b"rank", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credits", b"credits", "cursors", b"cursors", "documents", b"documents", "end_slot", b"end_slot", "first_slot", b"first_slot", "from_step", b"from_step", "generation", b"generation", "rank", b"rank", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -158,6 +162,8 @@ class LaneBatch(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     PLACES_FIELD_NUMBER: _builtins.int
     CURSOR_AFTER_FIELD_NUMBER: _builtins.int
+    DOCUMENT_STARTS_FIELD_NUMBER: _builtins.int
+    DOCUMENT_COUNTS_FIELD_NUMBER: _builtins.int
     lane: _builtins.int
     first_slot: _builtins.int
     """of the first sequence here; the others follow on"""
@@ -172,6 +178,13 @@ class LaneBatch(_message.Message):
     """little-endian uint32 [num_sequences, 3]: epoch, window, sequence"""
     cursor_after: _builtins.bytes
     """little-endian uint32 [domains, 3]: the whole lane's, after this step"""
+    document_starts: _builtins.bytes
+    """Where documents begin within sequences, sequence after sequence, rising within each; a
+    sequence's own start goes without saying. Only if asked for. Little-endian, uint16 if
+    sequence_length fits, else uint32.
+    """
+    document_counts: _builtins.bytes
+    """the same dtype, [num_sequences]: how many of these each has"""
     def __init__(
         self,
         *,
@@ -183,10 +196,12 @@ class LaneBatch(_message.Message):
         num_tokens: _builtins.bytes = ...,
         places: _builtins.bytes = ...,
         cursor_after: _builtins.bytes = ...,
+        document_starts: _builtins.bytes = ...,
+        document_counts: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor_after", b"cursor_after", "domain_ids", b"domain_ids", "first_slot", b"first_slot", "lane", b"lane", "num_sequences", b"num_sequences", "num_tokens", b"num_tokens", "places", b"places", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor_after", b"cursor_after", "document_counts", b"document_counts", "document_starts", b"document_starts", "domain_ids", b"domain_ids", "first_slot", b"first_slot", "lane", b"lane", "num_sequences", b"num_sequences", "num_tokens", b"num_tokens", "places", b"places", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -33,6 +33,10 @@ class WrittenContents(WrittenOrder):
     def lanes(self) -> int:
         return LANES
 
+    def num_added(self, documents: Sequence[Document], num_sequences: int) -> int:
+        # A separator, and the first tokens of all sequences but one.
+        return 1 + num_sequences - 1
+
     def documents(self, domain: str, lane: int, epoch: int, window: int) -> Sequence[Document]:
         num_tokens = (_TOKENS - 1) * SIZES[domain][window] + 1
         # A separator stands between the two.

@@ -34,7 +34,14 @@ def _window(shards: Mapping[int, TokenShard], *, sequence_length: int = 4) -> Wi
     samples = WindowSamples(
         shards=np.array([at for at, _ in places]), samples=np.array([n for _, n in places])
     )
-    return Window(samples, shards, sequence_length=sequence_length, eot_id=0, dtype=_U16)
+    return Window(
+        samples,
+        shards,
+        sequence_length=sequence_length,
+        packing="concatenate",
+        eot_id=0,
+        dtype=_U16,
+    )
 
 
 @pytest.mark.parametrize("lengths", [(3, 0, 9, 1), (1,), (0, 0), (4, 4), (17,)])
