@@ -42,6 +42,7 @@ from protos.errors import (
 from protos.security import Security
 from trainer_client.batches import Batch
 from trainer_client.checkpoint import merge_states
+from trainer_client.documents import Documents
 from trainer_client.probe import GradientProbe
 from trainer_client.session import Session, connect
 
@@ -52,6 +53,7 @@ __all__ = [
     "ControllerUnreachable",
     "DataError",
     "Disagreement",
+    "Documents",
     "GradientProbe",
     "HeadraceError",
     "JoinTimeout",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from protos.spec import BEST_FIT, RunSpec
 from protos.types import Step
+from trainer_client.documents import Documents, StepDocuments, find_documents, label_mask
 
 if TYPE_CHECKING:
     from trainer_client.feed import DeliveredStep, Feed
@@ -26,7 +28,8 @@ class Batch:
     """[sequences, sequence_length] int64: the token that follows each of `tokens`"""
 
     loss_mask: torch.Tensor
-    """[sequences, sequence_length] bool: False where the label is padding"""
+    """[sequences, sequence_length] bool: False where the label is padding, and with best-fit
+    packing where it is another document's first token"""
 
     domain_ids: torch.Tensor
     """[sequences] int64: positions in the run's domains"""
@@ -41,6 +44,9 @@ class Batch:
     degraded: bool
     """Composed with the last plan, because the controller had not decided in time."""
 
+    documents: Documents | None = None
+    """None: `Session.batches` was not asked for them."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class StagedStep:
@@ -52,20 +58,39 @@ class StagedStep:
 
     loss_mask: torch.Tensor
     domain_ids: torch.Tensor
+    documents: StepDocuments | None
+    """None: not asked for."""
+
     copied: torch.cuda.Event | None
     """None: nothing to wait for."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return all that lies on the device."""
+        tokens = [] if self.tokens is None else [self.tokens]
+        documents = [] if self.documents is None else self.documents.tensors()
+        return [*tokens, self.loss_mask, self.domain_ids, *documents]
 
 
 class Stager:
     """Brings steps to the device; on CUDA the next step is copied while this one computes."""
 
-    def __init__(self, feed: Feed, device: torch.device) -> None:
+    def __init__(self, feed: Feed, device: torch.device, *, spec: RunSpec, documents: bool) -> None:
         self._feed = feed
         self._device = device
+        self._spec = spec
+        self._documents = documents
         self._ahead: StagedStep | None = None
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def check_documents(self, documents: bool) -> None:
+        """Refuse to give documents that were not asked for from the start, or the reverse."""
+        if documents != self._documents:
+            raise ValueError(
+                f"batches() was first called with documents={self._documents}, now with "
+                f"documents={documents}: call it alike, or connect() anew"
+            )
 
     def get(self, step: Step) -> StagedStep:
         """Return a step, waiting for it if it is not here yet."""
@@ -78,36 +103,48 @@ class Stager:
             self._ahead = self._stage(self._feed.take(step))
 
     def _stage(self, delivered: DeliveredStep) -> StagedStep:
-        tokens = None
-        loss_mask = _loss_mask(delivered)
-        domain_ids = torch.from_numpy(delivered.domain_ids.astype(np.int64))
-        copied = None
-        if self._device.type != "cpu":
-            tokens = torch.from_numpy(delivered.tokens.astype(np.int64))
-            tokens, loss_mask, domain_ids, copied = self._to_device(tokens, loss_mask, domain_ids)
-        return StagedStep(
+        staged = StagedStep(
             delivered=delivered,
-            tokens=tokens,
-            loss_mask=loss_mask,
-            domain_ids=domain_ids,
-            copied=copied,
+            tokens=None,
+            loss_mask=_loss_mask(delivered, self._spec),
+            domain_ids=torch.from_numpy(delivered.domain_ids.astype(np.int64)),
+            documents=self._find_documents(delivered),
+            copied=None,
+        )
+        if self._device.type == "cpu":
+            return staged
+        if self._stream is None:
+            return self._moved(staged)
+        with torch.cuda.stream(self._stream):
+            return replace(self._moved(staged), copied=self._stream.record_event())
+
+    def _find_documents(self, delivered: DeliveredStep) -> StepDocuments | None:
+        if not self._documents or delivered.documents is None:
+            return None
+        return find_documents(
+            delivered.documents, delivered.num_tokens, sequence_length=self._spec.sequence_length
         )
 
-    def _to_device(
-        self, tokens: torch.Tensor, loss_mask: torch.Tensor, domain_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.cuda.Event | None]:
+    def _moved(self, staged: StagedStep) -> StagedStep:
+        return replace(
+            staged,
+            tokens=self._move(torch.from_numpy(staged.delivered.tokens.astype(np.int64))),
+            loss_mask=self._move(staged.loss_mask),
+            domain_ids=self._move(staged.domain_ids),
+            documents=staged.documents.moved(self._move) if staged.documents else None,
+        )
+
+    def _move(self, array: torch.Tensor) -> torch.Tensor:
         if self._stream is None:
-            device = self._device
-            return tokens.to(device), loss_mask.to(device), domain_ids.to(device), None
-        with torch.cuda.stream(self._stream):
-            moved = [
-                array.pin_memory().to(self._device, non_blocking=True)
-                for array in (tokens, loss_mask, domain_ids)
-            ]
-        return moved[0], moved[1], moved[2], self._stream.record_event()
+            return array.to(self._device)
+        return array.pin_memory().to(self._device, non_blocking=True)
 
 
-def _loss_mask(delivered: DeliveredStep) -> torch.Tensor:
+def _loss_mask(delivered: DeliveredStep, spec: RunSpec) -> torch.Tensor:
+    if spec.packing == BEST_FIT and delivered.documents is not None:
+        return label_mask(
+            delivered.documents, delivered.num_tokens, sequence_length=spec.sequence_length
+        )
     num_sequences, width = delivered.tokens.shape
     # Only a window's last sequence is padded, so nearly every step is full.
     if np.all(delivered.num_tokens == width):
@@ -134,9 +171,8 @@ def arrive(staged: StagedStep) -> None:
         return
     current = torch.cuda.current_stream(staged.loss_mask.device)
     current.wait_event(staged.copied)
-    for array in (staged.tokens, staged.loss_mask, staged.domain_ids):
-        if array is not None:
-            array.record_stream(current)
+    for array in staged.tensors():
+        array.record_stream(current)
 
 
 def split(staged: StagedStep, *, micro_batch: int, most_sequences: int) -> Iterator[Batch]:
@@ -158,6 +194,7 @@ def split(staged: StagedStep, *, micro_batch: int, most_sequences: int) -> Itera
         end = min(first + micro_batch, num_sequences)
         filler = first >= end
         rows = slice(0, 1) if filler else slice(first, end)
+        documents = staged.documents.rows(rows.start, rows.stop) if staged.documents else None
         mask = staged.loss_mask[rows]
         tokens, labels = _inputs_and_labels(staged, rows)
         slots = staged.delivered.slots
@@ -172,4 +209,5 @@ def split(staged: StagedStep, *, micro_batch: int, most_sequences: int) -> Itera
             last_of_step=index == num_batches - 1,
             plan_version=staged.delivered.plan_version,
             degraded=staged.delivered.degraded,
+            documents=documents,
         )

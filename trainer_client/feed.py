@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.client import ControlClient
+from protos.documents import DocumentStarts
 from protos.errors import NotReady, Retryable, WorkerUnreachable
 from protos.types import Cursors, Lane, LaneBatch, Step, StepBatch
 from trainer_client.joining import Membership
@@ -38,6 +39,9 @@ class DeliveredStep:
     places: NDArray[np.uint32]
     """[sequences, 3]: epoch, window, sequence"""
 
+    documents: DocumentStarts | None
+    """None: not asked for."""
+
     cursors: Cursors
     """Each lane's place after the step."""
 
@@ -46,11 +50,17 @@ class Feed:
     """Streams the batches of a membership; `take` gives them to the trainer, step by step."""
 
     def __init__(
-        self, member: Membership, control: ControlClient, *, prefetch_steps: int = 3
+        self,
+        member: Membership,
+        control: ControlClient,
+        *,
+        prefetch_steps: int = 3,
+        documents: bool = False,
     ) -> None:
         self._member = member
         self._control = control
         self._prefetch_steps = prefetch_steps
+        self._documents = documents
         self._consumed_through = member.first_step - 1
         self._lock = threading.Lock()
         self._streams: list[LaneStream] = []
@@ -62,6 +72,7 @@ class Feed:
             first_step=member.first_step,
             cursors=member.cursors,
             cursor_steps=member.cursor_steps,
+            documents=documents,
         )
         for endpoint, lanes in group_lanes(member.lanes, list(member.endpoints.values())):
             self._start(lanes, endpoint)
@@ -74,6 +85,7 @@ class Feed:
             control=self._control,
             buffer=self._buffer,
             prefetch_steps=self._prefetch_steps,
+            documents=self._documents,
             split=self._start,
         )
         with self._lock:
@@ -166,6 +178,7 @@ def assemble(parts: dict[Lane, tuple[StepBatch, LaneBatch]], slots: range) -> De
     """Lay the lanes' sequences of one step side by side, in slot order."""
     batches = [batch for batch, _ in parts.values()]
     lanes = sorted((part for _, part in parts.values()), key=lambda part: part.first_slot)
+    documents = [part.documents for part in lanes if part.documents is not None]
     delivered = DeliveredStep(
         step=batches[0].step,
         plan_version=max(batch.plan_version for batch in batches),
@@ -175,6 +188,7 @@ def assemble(parts: dict[Lane, tuple[StepBatch, LaneBatch]], slots: range) -> De
         domain_ids=np.concatenate([part.domain_ids for part in lanes]),
         num_tokens=np.concatenate([part.num_tokens for part in lanes]),
         places=np.concatenate([part.places for part in lanes]),
+        documents=DocumentStarts.join(documents) if documents else None,
         cursors={part.lane: part.cursor_after for part in lanes},
     )
     assert len(delivered.tokens) == len(slots)

@@ -57,6 +57,7 @@ class LaneStream(threading.Thread):
         control: ControlClient,
         buffer: StepBuffer,
         prefetch_steps: int,
+        documents: bool,
         split: Callable[[Sequence[Lane], str], None],
     ) -> None:
         super().__init__(name=f"headrace-lanes-{lanes[0]}-{lanes[-1]}", daemon=True)
@@ -69,6 +70,7 @@ class LaneStream(threading.Thread):
         self._control = control
         self._buffer = buffer
         self._prefetch_steps = prefetch_steps
+        self._documents = documents
         self._split = split
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -187,6 +189,7 @@ class LaneStream(threading.Thread):
                 cursors={lane: cursor for lane, (cursor, _) in places.items()},
                 cursor_steps={lane: step for lane, (_, step) in places.items()},
                 credits=max(self._granted_through + 1 - from_step, 0),
+                documents=self._documents,
             )
             self._credits = _Credits()
             if self._needed_step >= from_step:

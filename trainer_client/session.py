@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from protos.security import Security
-from protos.spec import RunSpec
+from protos.spec import BEST_FIT, RunSpec
 from protos.types import Cursors, Generation, Step, StepReport
 from trainer_client.batches import Batch, StagedStep, Stager, arrive, split
 from trainer_client.checkpoint import pack_state, unpack_state
@@ -204,7 +204,11 @@ class Session(StepRecorder):
         return self._probe
 
     def batches(
-        self, micro_batch: int = 8, device: torch.device | str | None = None
+        self,
+        micro_batch: int = 8,
+        device: torch.device | str | None = None,
+        *,
+        documents: bool = False,
     ) -> Iterator[Batch]:
         """Yield the micro-batches of every step up to the run's last.
 
@@ -214,6 +218,7 @@ class Session(StepRecorder):
         Args:
             micro_batch: sequences in a micro-batch; the last of a step may have fewer.
             device: where the tensors go; by default the CPU.
+            documents: say in `Batch.documents` which document each token belongs to.
 
         Raises:
             WorkerUnreachable: a batch did not come within the run's `control.data_timeout_s`.
@@ -224,10 +229,11 @@ class Session(StepRecorder):
         if micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
         if self._stager is None:
-            self._stager = self._open_feed(torch.device(device or "cpu"))
+            self._stager = self._open_feed(torch.device(device or "cpu"), documents=documents)
+        self._stager.check_documents(documents)
         return self._iterate(self._stager, micro_batch)
 
-    def _open_feed(self, device: torch.device) -> Stager:
+    def _open_feed(self, device: torch.device, *, documents: bool) -> Stager:
         from trainer_client.feed import Feed
 
         if self._log_folder is not None:
@@ -237,9 +243,11 @@ class Session(StepRecorder):
                 generation=self.generation,
                 slots_per_lane=self.spec.slots_per_lane,
             )
-        self._feed = Feed(self._member, self._control)
+        # Without them the loss could not leave out what follows on a document by chance.
+        needs_documents = documents or self.spec.packing == BEST_FIT
+        self._feed = Feed(self._member, self._control, documents=needs_documents)
         self._step_began = time.perf_counter()
-        return Stager(self._feed, device)
+        return Stager(self._feed, device, spec=self.spec, documents=documents)
 
     def _iterate(self, stager: Stager, micro_batch: int) -> Iterator[Batch]:
         most_sequences = -(-self.spec.global_sequences // self.world_size)

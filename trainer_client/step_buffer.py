@@ -31,8 +31,10 @@ class StepBuffer:
         first_step: Step,
         cursors: Cursors,
         cursor_steps: dict[Lane, Step],
+        documents: bool = False,
     ) -> None:
         self._spec = spec
+        self._documents = documents
         self._slots = slots
         self._changed = threading.Condition()
         self._next_steps = dict.fromkeys(lanes, first_step)
@@ -95,6 +97,11 @@ class StepBuffer:
             raise InvalidMessage(
                 f"{where}: a sequence has at most {self._spec.sequence_length + 1} tokens, got "
                 f"{part.num_tokens.max()}"
+            )
+        if (part.documents is not None) != self._documents:
+            raise InvalidMessage(
+                f"{where}: where documents begin was {'' if self._documents else 'not '}asked for, "
+                f"and did {'not ' if self._documents else ''}come"
             )
 
     def lane_slots(self, lane: Lane) -> range:
