@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
+from protos.documents import DocumentStarts
 from protos.errors import Disagreement, HeadraceError, NotReady
 from protos.security import Security
 from protos.server import serving_controller, serving_data
@@ -51,6 +52,7 @@ def make_spec(
     num_domains: int = 3,
     vocab_size: int = 50_000,
     probe: ProbeSpec | None = None,
+    packing: str = "concatenate",
 ) -> RunSpec:
     return RunSpec(
         run_id="fake",
@@ -71,6 +73,7 @@ def make_spec(
         degraded_after_s=1.0,
         data_timeout_s=data_timeout_s,
         probe=probe,
+        packing=packing,
     )
 
 
@@ -88,6 +91,12 @@ def num_tokens_of(spec: RunSpec, step: int, slot: int) -> int:
     return spec.sequence_length + 1 - (slot + step) % 3
 
 
+def starts_of(spec: RunSpec, step: int, slot: int) -> list[int]:
+    """Return where documents begin in a slot."""
+    last = num_tokens_of(spec, step, slot)
+    return [place for place in range(1, last) if (step + slot + place) % 3 == 0]
+
+
 def cursor_before(spec: RunSpec, lane: int, step: int) -> NDArray[np.uint32]:
     """Return a place that names its lane and step, so that a wrong one is seen."""
     places = np.zeros((spec.num_domains, 3), np.uint32)
@@ -96,7 +105,9 @@ def cursor_before(spec: RunSpec, lane: int, step: int) -> NDArray[np.uint32]:
     return places
 
 
-def lane_batch(spec: RunSpec, step: int, lane: int, wanted: range) -> LaneBatch:
+def lane_batch(
+    spec: RunSpec, step: int, lane: int, wanted: range, *, documents: bool = False
+) -> LaneBatch:
     per_lane = spec.slots_per_lane
     first = max(lane * per_lane, wanted.start)
     slots = range(first, min((lane + 1) * per_lane, wanted.stop))
@@ -108,6 +119,11 @@ def lane_batch(spec: RunSpec, step: int, lane: int, wanted: range) -> LaneBatch:
         num_tokens=np.array([num_tokens_of(spec, step, slot) for slot in slots], np.uint32),
         places=np.array([(0, step, slot) for slot in slots], np.uint32),
         cursor_after=cursor_before(spec, lane, step + 1),
+        documents=DocumentStarts.of(
+            [np.array(starts_of(spec, step, slot), np.int64) for slot in slots]
+        )
+        if documents
+        else None,
     )
 
 
@@ -127,6 +143,9 @@ class FakeWorker:
         """Set: the held step may go out."""
 
         self.mangle: Callable[[StepBatch], StepBatch] = lambda batch: batch
+        self.always_documents = False
+        """Send where documents begin even to those that do not ask."""
+
         self.most_ahead = 0
 
     def stream_batches(self, opening: OpenStream, credits: Iterator[Credit]) -> Iterator[StepBatch]:
@@ -165,7 +184,14 @@ class FakeWorker:
             plan_version=step // 2,
             degraded=False,
             lanes=tuple(
-                lane_batch(self._spec, step, lane, wanted) for lane in sorted(opening.cursors)
+                lane_batch(
+                    self._spec,
+                    step,
+                    lane,
+                    wanted,
+                    documents=opening.documents or self.always_documents,
+                )
+                for lane in sorted(opening.cursors)
             ),
         )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.report import checks, examine
+from protos.spec import PACKINGS
 from tests.fakes_consumer import DOMAINS, consumed_run, write_corpus, write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -34,10 +35,19 @@ def _flip_a_byte(path: Path) -> int:
     return member.size // 4
 
 
-def test_every_whole_epoch_is_the_index_less_the_quarantine_token_for_token(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_every_whole_epoch_is_the_index_less_the_quarantine_token_for_token(
+    packing: str, tmp_path: Path
+) -> None:
     patterns = write_corpus(tmp_path / "data")
     lengths = {name: _lengths(tmp_path / "data" / name) for name in DOMAINS}
-    run_file = write_run(tmp_path / "out", patterns, steps=NUM_STEPS, data={"max_bad_share": 0.1})
+    run_file = write_run(
+        tmp_path / "out",
+        patterns,
+        steps=NUM_STEPS,
+        data={"max_bad_share": 0.1},
+        batch={"packing": packing},
+    )
     lengths["code"].remove(_flip_a_byte(tmp_path / "data" / "code" / "0001.tar"))
     with consumed_run(run_file, num_workers=2) as run:
         run.consume(3, until=NUM_STEPS)

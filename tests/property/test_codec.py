@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos import codec, codec_admin, codec_common, codec_data
+from protos.documents import DocumentStarts
 from protos.errors import InvalidMessage
 from protos.spec import ProbeSpec, RunSpec, ValidationSpec
 from protos.status import RunStatus, WorkerStatus
@@ -60,6 +61,7 @@ SPEC = RunSpec(
     data_timeout_s=90.0,
     on_damage="quarantine_shard",
     samples_folder="/runs/é.samples",
+    packing="best_fit",
     probe=ProbeSpec(layers=("a.*", "b"), seed=3, part_norms=True),
     validation=(
         ValidationSpec(every=5, period=40, span=15),
@@ -155,10 +157,11 @@ OPENING = OpenStream(
     cursors=CURSORS,
     cursor_steps=STEPS,
     credits=3,
+    documents=True,
 )
 
 
-def _batch(dtype: str) -> StepBatch:
+def _batch(dtype: str, documents: DocumentStarts | None = None) -> StepBatch:
     lane = LaneBatch(
         lane=Lane(1),
         first_slot=2,
@@ -167,6 +170,7 @@ def _batch(dtype: str) -> StepBatch:
         num_tokens=np.array([4, 2], np.uint32),
         places=PLACES,
         cursor_after=PLACES,
+        documents=documents,
     )
     return StepBatch(step=Step(5), plan_version=1, degraded=True, lanes=(lane,))
 
@@ -242,6 +246,63 @@ def test_batches_survive_the_wire_without_a_copy_of_the_tokens(dtype: str) -> No
     batch = codec_data.step_batch_from_proto(again, token_dtype=np.dtype(dtype), sequence_length=3)
     assert _same(batch, _batch(dtype))
     assert batch.lanes[0].tokens.base is not None
+
+
+@pytest.mark.parametrize("sequences", [[[1, 3], []], [[], [1]], [[], []]])
+def test_where_documents_begin_survives_the_wire(sequences: list[list[int]]) -> None:
+    documents = DocumentStarts.of([np.array(each, dtype=np.int64) for each in sequences])
+    message = codec_data.step_batch_to_proto(_batch("<u2", documents))
+    again = data_pb2.StreamBatchesResponse.FromString(message.SerializeToString())
+    batch = codec_data.step_batch_from_proto(again, token_dtype=np.dtype("<u2"), sequence_length=3)
+    assert _same(batch, _batch("<u2", documents))
+
+
+@pytest.mark.parametrize(
+    ("counts", "positions", "sentence"),
+    [
+        ([1, 0], [4], "before its sequence's padding"),
+        ([0, 1], [2], "before its sequence's padding"),
+        ([1, 0], [0], "after a sequence's start"),
+        ([2, 0], [3, 1], "each after the last"),
+        ([2, 0], [2, 2], "each after the last"),
+        ([2, 0], [2], "as many as were counted"),
+        ([65535, 65535], [1], "as many as were counted"),
+        ([1], [2], "bytes"),
+        ([], [2], "bytes"),
+    ],
+)
+def test_documents_that_begin_where_none_can_are_refused(
+    counts: list[int], positions: list[int], sentence: str
+) -> None:
+    message = codec_data.step_batch_to_proto(_batch("<u2"))
+    message.lanes[0].document_counts = np.array(counts, "<u2").tobytes()
+    message.lanes[0].document_starts = np.array(positions, "<u2").tobytes()
+    with pytest.raises(InvalidMessage, match=sentence):
+        codec_data.step_batch_from_proto(message, token_dtype=np.dtype("<u2"), sequence_length=3)
+
+
+@given(counts=st.binary(max_size=6), starts=st.binary(max_size=12))
+def test_hostile_documents_are_refused_or_sound(counts: bytes, starts: bytes) -> None:
+    message = codec_data.step_batch_to_proto(_batch("<u2"))
+    message.lanes[0].document_counts, message.lanes[0].document_starts = counts, starts
+    try:
+        batch = codec_data.step_batch_from_proto(
+            message, token_dtype=np.dtype("<u2"), sequence_length=3
+        )
+    except InvalidMessage:
+        return
+    documents = batch.lanes[0].documents
+    assert documents is None or (documents.positions > 0).all()
+    assert documents is None or (documents.positions < 4).all()
+
+
+def test_an_older_controller_means_concatenation() -> None:
+    message = codec_common.spec_to_proto(SPEC)
+    message.packing = ""
+    assert codec_common.spec_from_proto(message).packing == "concatenate"
+    message.packing = "knapsack"
+    with pytest.raises(InvalidMessage, match="packing must be one of concatenate, best_fit"):
+        codec_common.spec_from_proto(message)
 
 
 def test_batches_of_another_shape_are_refused() -> None:

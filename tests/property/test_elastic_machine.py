@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 from loader_workers.index import build_index
 from loader_workers.source import WindowSource
 from protos.dataset_index import DatasetIndex
+from protos.spec import PACKINGS
 from protos.types import Mixture, Step
 from tests.fakes_loader import make_source, make_spec, write_token_shards
 from tests.fakes_order import Checkpoint, Model, RunInProcess
@@ -30,8 +31,10 @@ _WORLD_SIZES = st.sampled_from([1, 2, 3, 4, 5, 8, 12])
 _MOST_STEPS = 60
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[DatasetIndex, WindowSource]]:
+@pytest.fixture(scope="module", params=PACKINGS)
+def corpus(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[DatasetIndex, WindowSource]]:
     """Open three small domains, in which a step of one alone may end an epoch."""
     folder = tmp_path_factory.mktemp("corpus")
     lengths = {
@@ -45,7 +48,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[DatasetIn
         token += sum(map(sum, shards))
     index = build_index(patterns, text_field="text", max_bad_share=0.0)
     spec = make_spec(
-        index, vocab_size=token, eot_id=0, lanes=4, global_sequences=12, window_samples=4
+        index,
+        vocab_size=token,
+        eot_id=0,
+        lanes=4,
+        global_sequences=12,
+        window_samples=4,
+        packing=request.param,
     )
     with make_source(spec, index, folder / "cache") as source:
         yield index, source

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +21,11 @@ from loader_workers.order import EpochOrder, NumberedShards, OrderKey, num_seque
 from loader_workers.reference import Reference, expected_sequences
 from loader_workers.source import WindowSource
 from protos.dataset_index import DatasetIndex
+from protos.documents import DocumentStarts
 from protos.errors import DomainEmpty, InvalidMessage
 from protos.planbook import PlanBook
 from protos.slots import lane_counts
-from protos.spec import RunSpec
+from protos.spec import PACKINGS, RunSpec
 from protos.types import Lane, LaneBatch, Step
 from tests.fakes_loader import make_source, make_spec, scripted_plans, write_token_shards
 
@@ -113,7 +115,7 @@ def test_sequences_train_on_every_token_but_the_first_once(num_tokens: int, leng
 
 @contextmanager
 def _token_corpus(
-    lengths: Sequence[Sequence[Sequence[int]]], **changes: int
+    lengths: Sequence[Sequence[Sequence[int]]], **changes: Any
 ) -> Iterator[tuple[RunSpec, DatasetIndex, WindowSource]]:
     """Open domains of token shards; no token but 0, the end of text, occurs twice."""
     with tempfile.TemporaryDirectory() as folder:
@@ -175,12 +177,18 @@ def test_every_token_is_delivered_exactly_once_an_epoch(
             assert not firsts & set(labels)
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
 @FEW
 @given(shards=_SHARDS, lanes=st.integers(1, 3), length=st.integers(1, 20))
 def test_a_window_is_what_the_plain_reference_says(
-    shards: list[list[int]], lanes: int, length: int
+    packing: str, shards: list[list[int]], lanes: int, length: int
 ) -> None:
-    changes = {"lanes": lanes, "global_sequences": lanes, "sequence_length": length}
+    changes = {
+        "lanes": lanes,
+        "global_sequences": lanes,
+        "sequence_length": length,
+        "packing": packing,
+    }
     with _token_corpus([[*shards, [3] * lanes]], **changes) as (spec, index, source):
         for lane in map(Lane, range(lanes)):
             for epoch in (0, 2):
@@ -190,6 +198,12 @@ def test_a_window_is_what_the_plain_reference_says(
                 np.testing.assert_array_equal(tokens, expected[0])
                 np.testing.assert_array_equal(num_tokens, expected[1])
                 assert tokens.dtype == spec.token_dtype == expected[0].dtype
+                owned = Reference(spec, index, None).owned_sequences("domain0", lane, epoch, 0)
+                starts = opened.document_starts(0, len(opened))
+                assert [each.tolist() for each in starts] == [
+                    [at for at in range(1, len(row)) if row[at][1] != row[at - 1][1]]
+                    for row in owned
+                ]
 
 
 _CORPUS = [[[5, 0, 9, 30], [1, 1, 1], [12, 40, 3, 7]], [[60, 2], [25, 25, 25, 1]]]
@@ -212,6 +226,7 @@ def _run(
         cursors or {Lane(lane): zeros for lane in lanes},
         first_slot=first,
         end_slot=end,
+        documents=True,
     )
     batches = [composer.compose(Step(step), book.counts(Step(step))) for step in steps]
     composer.close()
@@ -222,6 +237,10 @@ def _same(one: LaneBatch, other: LaneBatch) -> None:
     assert (one.lane, one.first_slot) == (other.lane, other.first_slot)
     for name in ("tokens", "domain_ids", "num_tokens", "places", "cursor_after"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+    if one.documents is not None and other.documents is not None:
+        np.testing.assert_array_equal(one.documents.counts, other.documents.counts)
+        np.testing.assert_array_equal(one.documents.positions, other.documents.positions)
+        one.documents.check_within(one.num_tokens)
 
 
 def _book(spec: RunSpec) -> PlanBook:
@@ -231,8 +250,10 @@ def _book(spec: RunSpec) -> PlanBook:
     return book
 
 
-def test_a_lane_goes_on_from_its_cursor_at_every_position() -> None:
-    with _token_corpus(_CORPUS, lanes=2, global_sequences=6, sequence_length=8) as (
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_lane_goes_on_from_its_cursor_at_every_position(packing: str) -> None:
+    layout = {"lanes": 2, "global_sequences": 6, "sequence_length": 8, "packing": packing}
+    with _token_corpus(_CORPUS, **layout) as (
         spec,
         _,
         source,
@@ -288,10 +309,12 @@ def test_winding_forward_is_composing_without_looking() -> None:
                 _same(one, other)
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("split", [[[0, 1, 2, 3]], [[0], [1], [2], [3]], [[3, 1], [0, 2]]])
-def test_which_worker_serves_a_lane_does_not_matter(split: list[list[int]]) -> None:
+def test_which_worker_serves_a_lane_does_not_matter(split: list[list[int]], packing: str) -> None:
     corpus = [[[9, 4, 6, 8, 30, 5, 2, 7], [3] * 9], [[21, 2, 9, 9], [4] * 6]]
-    with _token_corpus(corpus, lanes=4, global_sequences=12, sequence_length=8) as (
+    layout = {"lanes": 4, "global_sequences": 12, "sequence_length": 8, "packing": packing}
+    with _token_corpus(corpus, **layout) as (
         spec,
         _,
         source,
@@ -305,9 +328,11 @@ def test_which_worker_serves_a_lane_does_not_matter(split: list[list[int]]) -> N
                     _same(expected[batch.lane], batch)
 
 
-def test_two_ranks_that_share_a_lane_get_its_parts_and_the_same_cursor() -> None:
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_two_ranks_that_share_a_lane_get_its_parts_and_the_same_cursor(packing: str) -> None:
     corpus = [[[9, 4, 6, 8, 30, 5, 2, 7]], [[21, 2, 9, 9]]]
-    with _token_corpus(corpus, lanes=2, global_sequences=6, sequence_length=8) as (spec, _, source):
+    layout = {"lanes": 2, "global_sequences": 6, "sequence_length": 8, "packing": packing}
+    with _token_corpus(corpus, **layout) as (spec, _, source):
         book = _book(spec)
         whole = _run(spec, source, book, lanes=[0, 1], steps=range(5))
         left = _run(spec, source, book, lanes=[0, 1], steps=range(5), slots=(0, 4))
@@ -318,6 +343,10 @@ def test_two_ranks_that_share_a_lane_get_its_parts_and_the_same_cursor() -> None
             assert tail.first_slot == 4
             joined = np.concatenate([left[step][1].tokens, tail.tokens])
             np.testing.assert_array_equal(joined, whole[step][1].tokens)
+            parts = [each.documents for each in (left[step][1], tail) if each.documents]
+            documents = whole[step][1].documents
+            assert documents is not None
+            np.testing.assert_array_equal(DocumentStarts.join(parts).positions, documents.positions)
             np.testing.assert_array_equal(tail.cursor_after, whole[step][1].cursor_after)
 
 
