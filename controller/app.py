@@ -23,7 +23,7 @@ from controller.loop import ControlLoop
 from controller.metrics import Metrics
 from controller.policy import artefact
 from controller.policy.base import Policy, PolicyContext
-from controller.policy.registry import initial_mixture, make_policy
+from controller.policy.registry import initial_mixture, make_policy, validation_of
 from controller.policy_runner import PolicyRunner
 from controller.service import Blobs, Service
 from controller.snapshots import Snapshots
@@ -95,7 +95,9 @@ def prepare(config: RunConfig) -> Prepared:
     )
     policy = make_policy(config.policy, context)
     return Prepared(
-        spec=run_spec(config, index, tokenizer, policy.needs),
+        spec=run_spec(
+            config, index, tokenizer, policy.needs, validation_of(config.policy, context)
+        ),
         policy=policy,
         initial=Mixture.from_shares(initial_mixture(config.policy, context)),
         guard=Guard(config.guard, context),

@@ -55,6 +55,10 @@ class SimulatedRun:
             alignment=None if step % self.probe_every else self._alignment(rng, tokens),
             weight_norms=10 + 0.01 * step + np.arange(self.num_norms, dtype=np.float64),
             update_norms=rng.uniform(0.1, 0.2, self.num_norms),
+            validation_loss=np.maximum(loss + rng.normal(0, 0.02, num_domains), 0),
+            excess_sum=rng.uniform(0, 1, num_domains) * tokens,
+            part_square_norms=rng.uniform(1, 2, num_domains) * sequences * TOKENS_PER_SEQUENCE**2,
+            num_parts=sequences,
         )
 
     def _alignment(
@@ -90,4 +94,13 @@ def without(observation: StepObservation, domain: int) -> StepObservation:
         tokens=observation.tokens * keep,
         loss_sum=observation.loss_sum * keep,
         alignment=None if alignment is None else alignment * np.outer(keep, keep),
+        excess_sum=_kept(observation.excess_sum, keep),
+        part_square_norms=_kept(observation.part_square_norms, keep),
+        num_parts=observation.num_parts * keep if observation.num_parts is not None else None,
     )
+
+
+def _kept(
+    values: NDArray[np.float64] | None, keep: NDArray[np.int64]
+) -> NDArray[np.float64] | None:
+    return None if values is None else values * keep

@@ -14,7 +14,16 @@ from controller.policy.settings import (
     checked_setting,
     checked_shares,
 )
-from controller.policy.settings_of_rivals import AdoConfig, AlignEgConfig, ReplayMeanConfig
+from controller.policy.settings_of_rivals import (
+    AdoConfig,
+    AioliConfig,
+    AlignEgConfig,
+    DogeConfig,
+    DoremiConfig,
+    PikeConfig,
+    ReplayMeanConfig,
+    SkillitConfig,
+)
 
 
 class StaticConfig(PolicyModel):
@@ -183,6 +192,11 @@ PolicyConfig = Annotated[
     | OdmConfig
     | OdmPaperConfig
     | AdoConfig
+    | DoremiConfig
+    | DogeConfig
+    | SkillitConfig
+    | AioliConfig
+    | PikeConfig
     | AlignEgConfig
     | AcodmConfig
     | RandomActorConfig

@@ -50,6 +50,19 @@ def _scaled(weights: list[float] | tuple[float, ...]) -> tuple[float, ...]:
     return tuple(weight / total for weight in weights)
 
 
+def check_floor(floor: float, num_domains: int) -> None:
+    """Refuse a least share that all domains together use up.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if num_domains * floor >= 1:
+        raise ConfigError(
+            f"policy.floor {floor:g} for each of {num_domains} domains leaves nothing to "
+            f"decide; set it below {1 / num_domains:.4g}"
+        )
+
+
 def floored(shares: NDArray[np.float64], floor: float) -> NDArray[np.float64]:
     """Return the mixture of `shares` with the uniform one that gives every domain `floor`."""
     return (1 - len(shares) * floor) * shares + floor

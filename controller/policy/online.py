@@ -16,6 +16,9 @@ from controller.policy.finite import teaches
 from controller.policy.header import HEADER, check_header, header_of
 from protos.types import Step
 
+FINAL = "final"
+"""Where a state has, by domain, the shares that its run was made to find."""
+
 
 class Part(Protocol):
     """A part of a policy that has a state of its own."""
@@ -75,6 +78,10 @@ class OnlinePolicy(abc.ABC):
         """Return the parts that have a state of their own."""
         return {}
 
+    def _final(self) -> NDArray[np.float64] | None:
+        """Return the [domains] mixture that a proxy run comes to; None: there is none."""
+        return None
+
     def propose(self, step: Step) -> Sequence[float]:
         """Return the newest shares."""
         return tuple(self._shares.tolist())
@@ -86,6 +93,8 @@ class OnlinePolicy(abc.ABC):
         for part, held in self._parts().items():
             arrays |= {f"{part}.{name}": array for name, array in held.arrays().items()}
         values = {name: getattr(self, f"_{name}") for name in self.kept_values}
+        if (final := self._final()) is not None:
+            values[FINAL] = dict(zip(self._context.domains, final.tolist(), strict=True))
         return PolicyState(
             arrays=arrays,
             values={HEADER: header_of(self._settings, self._context), **values},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from controller.policy.acodm.initial import initial_shares
 from controller.policy.base import Policy, PolicyContext
 from controller.policy.config import (
@@ -16,10 +18,20 @@ from controller.policy.config import (
     StaticConfig,
     UniformConfig,
 )
-from controller.policy.mixtures import resolve
+from controller.policy.mixtures import floored, resolve
 from controller.policy.odm import OdmPolicy
 from controller.policy.planned import PlannedPolicy, first_shares
-from controller.policy.settings_of_rivals import AdoConfig, AlignEgConfig, ReplayMeanConfig
+from controller.policy.settings_of_rivals import (
+    AdoConfig,
+    AioliConfig,
+    AlignEgConfig,
+    DogeConfig,
+    DoremiConfig,
+    PikeConfig,
+    ReplayMeanConfig,
+    SkillitConfig,
+)
+from protos.spec import ValidationSpec
 
 
 def make_policy(config: PolicyConfig, context: PolicyContext) -> Policy:
@@ -39,6 +51,26 @@ def make_policy(config: PolicyConfig, context: PolicyContext) -> Policy:
             from controller.policy.ado import AdoPolicy
 
             return AdoPolicy(config, context)
+        case DoremiConfig():
+            from controller.policy.doremi import DoremiPolicy
+
+            return DoremiPolicy(config, context)
+        case DogeConfig():
+            from controller.policy.doge import DogePolicy
+
+            return DogePolicy(config, context)
+        case SkillitConfig():
+            from controller.policy.skillit import SkillitPolicy
+
+            return SkillitPolicy(config, context)
+        case AioliConfig():
+            from controller.policy.aioli import AioliPolicy
+
+            return AioliPolicy(config, context)
+        case PikeConfig():
+            from controller.policy.pike import PikePolicy
+
+            return PikePolicy(config, context)
         case AlignEgConfig():
             from controller.policy.align_eg import AlignEgPolicy
 
@@ -77,9 +109,39 @@ def initial_mixture(config: PolicyConfig, context: PolicyContext) -> tuple[float
             return resolve(config.initial, context)
         case AdoConfig():
             return resolve(config.prior, context)
+        case DoremiConfig() | DogeConfig():
+            return resolve("uniform", context)
+        case AioliConfig():
+            return resolve(config.initial, context)
+        case PikeConfig():
+            shares = np.asarray(resolve(config.initial, context))
+            return tuple(floored(shares, config.floor).tolist())
+        case SkillitConfig():
+            from controller.policy.skillit import first_shares as skillit_shares
+
+            return skillit_shares(config, context)
         case ReplayMeanConfig():
             from controller.policy.replay_mean import mean_shares
 
             return mean_shares(config.source, context)
         case AcodmConfig() | AlignEgConfig() | RandomActorConfig():
             return tuple(initial_shares(config, context).tolist())
+
+
+def validation_of(config: PolicyConfig, context: PolicyContext) -> tuple[ValidationSpec, ...]:
+    """Return when the policy needs the model to be evaluated on held-out documents; empty: never.
+
+    Raises:
+        ConfigError: the settings do not fit the run.
+    """
+    match config:
+        case AioliConfig():
+            from controller.policy.aioli import timetable
+
+            return (timetable(config, context).validation,)
+        case SkillitConfig():
+            from controller.policy.skillit import validation_of as validation_of_skillit
+
+            return validation_of_skillit(config, context)
+        case _:
+            return ()

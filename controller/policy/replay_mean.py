@@ -2,8 +2,8 @@
 
 A control: what a policy gains over this it gains by *when* it chose what it chose. The mean is over
 the sequences that the other run's ranks received, in the steps that count (of a step that was
-trained again after a resume, the newest). Instead of a run a JSON file of shares by domain can be
-named, such as `doremi` and `doge` write (`final`).
+trained again after a resume, the newest). Instead of a run a policy's snapshot can be named that
+holds a `final` mixture, as those of `doremi` and `doge` do, or a JSON file of shares by domain.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from controller.history import newest_line
 from controller.ledger import read_rows, reading_ledger
 from controller.ledger_schema import Kind
 from controller.observation import StepObservation
+from controller.policy import artefact
 from controller.policy.base import PolicyContext, Statistic
-from controller.policy.online import OnlinePolicy
+from controller.policy.online import FINAL, OnlinePolicy
 from controller.policy.settings_of_rivals import ReplayMeanConfig
 from protos.errors import ConfigError, LedgerError
 
@@ -65,9 +66,9 @@ def mean_shares(source: Path, context: PolicyContext) -> tuple[float, ...]:
     if not path.is_file():
         raise ConfigError(
             f"policy.from names {source}, where there is no run: it must be a run's folder (with "
-            f"its {LEDGER}), a ledger, or a JSON file of shares by domain"
+            f"its {LEDGER}), a ledger, a policy's snapshot, or a JSON file of shares by domain"
         )
-    by_domain = _of_file(path) if path.suffix == ".json" else _of_ledger(path)
+    by_domain = _READERS.get(path.suffix, _of_ledger)(path)
     domains = context.domains
     missing, foreign = set(domains) - by_domain.keys(), by_domain.keys() - set(domains)
     if missing or foreign:
@@ -97,6 +98,16 @@ def _of_ledger(path: Path) -> dict[str, float]:
     return dict(zip(domains, totals.tolist(), strict=True))
 
 
+def _of_snapshot(path: Path) -> dict[str, float]:
+    final = artefact.load(path).values.get(FINAL)
+    if not isinstance(final, Mapping):
+        raise ConfigError(
+            f"policy.from names {path}, which holds no final mixture: only snapshots of doremi and "
+            "doge do, once they have observed a step"
+        )
+    return {str(domain): float(share) for domain, share in final.items()}
+
+
 def _of_file(path: Path) -> dict[str, float]:
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -116,3 +127,6 @@ def _is_share(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value) and value >= 0
+
+
+_READERS = {".json": _of_file, ".safetensors": _of_snapshot}

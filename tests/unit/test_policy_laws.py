@@ -26,8 +26,17 @@ from controller.policy.config import (
     StaticConfig,
     UniformConfig,
 )
-from controller.policy.registry import initial_mixture, make_policy
-from controller.policy.settings_of_rivals import AdoConfig, AlignEgConfig, ReplayMeanConfig
+from controller.policy.registry import initial_mixture, make_policy, validation_of
+from controller.policy.settings_of_rivals import (
+    AdoConfig,
+    AioliConfig,
+    AlignEgConfig,
+    DogeConfig,
+    DoremiConfig,
+    PikeConfig,
+    ReplayMeanConfig,
+    SkillitConfig,
+)
 from protos.types import Step
 from tests.fakes_policy import SimulatedRun, make_context, without
 from tests.laws import (
@@ -54,6 +63,11 @@ POLICIES: dict[str, PolicyConfig] = {
     "odm": OdmConfig(warmup_steps=3),
     "odm_paper": OdmPaperConfig(warmup_steps=3),
     "ado": AdoConfig(fit_every=4, ignore_steps=0, smoothing_window=5),
+    "doremi": DoremiConfig(),
+    "doge": DogeConfig(),
+    "skillit": SkillitConfig(graph_steps=1, update_steps=3),
+    "aioli": AioliConfig(trial_steps=1, trial_rounds=1, update_steps=40),
+    "pike": PikeConfig(update_steps=3),
     "align_eg": AlignEgConfig(),
     "random_actor": RandomActorConfig(width=16, depth=2, norm_layers=4),
     "shuffled_reward": ShuffledRewardConfig(**SMALL.model_dump(exclude={"name"})),
@@ -143,7 +157,17 @@ def test_saved_and_restored_anywhere_a_policy_goes_on_as_if_never_stopped(
 
 
 @pytest.mark.parametrize(
-    "field", ["loss_sum", "alignment", "weight_norms", "update_norms", "planned"]
+    "field",
+    [
+        "loss_sum",
+        "alignment",
+        "weight_norms",
+        "update_norms",
+        "planned",
+        "validation_loss",
+        "excess_sum",
+        "part_square_norms",
+    ],
 )
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 @pytest.mark.parametrize("steps", [0, 12])
@@ -184,8 +208,12 @@ def test_a_domain_that_never_comes_harms_nothing(config: PolicyConfig) -> None:
 def test_a_policy_that_learns_asks_for_losses(config: PolicyConfig) -> None:
     needs = made(config, make_context()).needs
     assert (Statistic.LOSS in needs) == (config.name not in BLIND)
-    by_alignment = ("acodm", "shuffled_reward", "align_eg")
+    by_alignment = ("acodm", "shuffled_reward", "align_eg", "doge", "pike")
     assert (Statistic.ALIGNMENT in needs) == (config.name in by_alignment)
+    assert (Statistic.EXCESS in needs) == (config.name == "doremi")
+    assert (Statistic.GRADIENT_NOISE in needs) == (config.name == "pike")
+    assert (Statistic.VALIDATION in needs) == (config.name in ("aioli", "skillit"))
+    assert bool(validation_of(config, make_context())) == (Statistic.VALIDATION in needs)
 
 
 @pytest.mark.parametrize("other", POLICIES, ids=str)

@@ -7,9 +7,8 @@ from numpy.typing import NDArray
 
 from controller.policy.base import PolicyContext
 from controller.policy.config import AcodmConfig, RandomActorConfig
-from controller.policy.mixtures import floored, resolve
+from controller.policy.mixtures import check_floor, floored, resolve
 from controller.policy.settings_of_rivals import AlignEgConfig
-from protos.errors import ConfigError
 
 
 def initial_shares(
@@ -20,10 +19,5 @@ def initial_shares(
     Raises:
         ConfigError: the floor is too high for the number of domains.
     """
-    num_domains = len(context.domains)
-    if num_domains * config.floor >= 1:
-        raise ConfigError(
-            f"policy.floor {config.floor:g} for each of {num_domains} domains leaves nothing to "
-            f"decide; set it below {1 / num_domains:.4g}"
-        )
+    check_floor(config.floor, len(context.domains))
     return floored(np.asarray(resolve(config.initial, context)), config.floor)
