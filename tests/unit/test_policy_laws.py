@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -156,33 +158,30 @@ def test_saved_and_restored_anywhere_a_policy_goes_on_as_if_never_stopped(
     )
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        "loss_sum",
-        "alignment",
-        "weight_norms",
-        "update_norms",
-        "planned",
-        "validation_loss",
-        "excess_sum",
-        "part_square_norms",
-    ],
+MEASURED = (
+    "loss_sum",
+    "alignment",
+    "weight_norms",
+    "update_norms",
+    "planned",
+    "validation_loss",
+    "excess_sum",
+    "part_square_norms",
 )
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+
+
 @pytest.mark.parametrize("steps", [0, 12])
-def test_a_number_that_is_not_finite_changes_nothing(
-    config: PolicyConfig, field: str, number: float, steps: int
-) -> None:
+def test_a_number_that_is_not_finite_changes_nothing(config: PolicyConfig, steps: int) -> None:
     context = make_context()
     run = SimulatedRun(context=context)
     policy = made(config, context)
     run.play(policy, range(steps))
     observation = run.observation(steps, (0.5, 0.25, 0.25))
-    spoilt: Any = np.array(getattr(observation, field))
-    spoilt.flat[0] = number
-    changed: dict[str, Any] = {field: spoilt}
-    assert_changes_nothing(policy, replace(observation, **changed))
+    for field, number in itertools.product(MEASURED, (float("nan"), float("inf"))):
+        spoilt: Any = np.array(getattr(observation, field))
+        spoilt.flat[0] = number
+        changed: dict[str, Any] = {field: spoilt}
+        assert_changes_nothing(policy, replace(observation, **changed))
 
 
 def test_a_step_of_which_nothing_is_known_changes_nothing(config: PolicyConfig) -> None:
@@ -216,16 +215,31 @@ def test_a_policy_that_learns_asks_for_losses(config: PolicyConfig) -> None:
     assert bool(validation_of(config, make_context())) == (Statistic.VALIDATION in needs)
 
 
-@pytest.mark.parametrize("other", POLICIES, ids=str)
-def test_a_state_of_another_policy_is_refused(config: PolicyConfig, other: str) -> None:
+def test_a_state_of_another_policy_is_refused(config: PolicyConfig) -> None:
     context = make_context()
     policy = made(config, context)
-    state = made(POLICIES[other], context).state()
-    if POLICIES[other] == config:
-        policy.restore(state)
-        return
-    with pytest.raises(ValueError, match="the state is of a policy with"):
-        policy.restore(state)
+    for other in POLICIES.values():
+        state = made(other, context).state()
+        if other == config:
+            policy.restore(state)
+            continue
+        with pytest.raises(ValueError, match="the state is of a policy with"):
+            policy.restore(state)
+
+
+def test_a_turn_takes_a_small_part_of_the_time_budget(config: PolicyConfig) -> None:
+    # The guard's is 2 s; with as many domains as a run may well have.
+    context = make_context(30, global_sequences=400)
+    policy = made(config, context)
+    run = SimulatedRun(context=context)
+    spent = []
+    for step in range(20):
+        observation = run.observation(step, [1 / 30] * 30)
+        begun = time.process_time()
+        policy.observe(observation)
+        policy.propose(Step(step + 2))
+        spent.append(time.process_time() - begun)
+    assert max(spent) < 0.5
 
 
 def test_a_state_of_other_domains_is_refused(config: PolicyConfig) -> None:
