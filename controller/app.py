@@ -197,6 +197,7 @@ def _assemble(
     now = time.monotonic
     workers = Workers(prepared.spec, expiry_s=config.control.worker_timeout_s, now=now)
     workers.quarantine(history.quarantines)
+    workers.wanted = history.wanted_workers
     metrics = Metrics(prepared.spec.num_domains, history.totals, now=now)
     hands = Hands(
         ledger=ledger,

@@ -66,6 +66,9 @@ class History:
     steering: Steering
     totals: Totals
     quarantines: tuple[Quarantine, ...] = ()
+    wanted_workers: int = 0
+    """How many loader workers were wanted last; 0: nobody has said."""
+
     snapshots: list[tuple[Step, Path]] = field(default_factory=list)
     """Newest first: the step after which the policy was saved, and where."""
 
@@ -119,6 +122,7 @@ def read_history(ledger: Ledger, spec: RunSpec) -> History:
         shares = control.body["override_q32"]
         steering.override = None if shares is None else Mixture(tuple(shares))
         steering.frozen = control.body["frozen"]
+    wanted = ledger.newest(Kind.WORKERS)
     return History(
         book=book_from(ledger, Step(sealed_through + 1), spec),
         observed_through=seal.body["observed_through"] if seal is not None else -1,
@@ -129,6 +133,7 @@ def read_history(ledger: Ledger, spec: RunSpec) -> History:
         steering=steering,
         totals=Totals.from_json(step.body["totals"]) if step is not None else Totals(),
         quarantines=tuple(quarantine_of(row) for row in ledger.rows(Kind.QUARANTINE)),
+        wanted_workers=wanted.body["wanted"] if wanted is not None else 0,
         snapshots=[
             (Step(row.step), Path(row.body["path"]))
             for row in ledger.rows(Kind.SNAPSHOT, newest_first=True)

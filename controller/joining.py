@@ -56,6 +56,7 @@ class Joining:
             endpoints=endpoints,
             cursors={lane: membership.cursors[lane] for lane in lanes},
             cursor_steps={lane: membership.cursor_steps[lane] for lane in lanes},
+            lanes_version=self._workers.lanes_version,
         )
 
     def close(self, reason: str) -> None:
@@ -96,7 +97,7 @@ class Joining:
 
     def _start_if_ready(self) -> None:
         gathering = self._barrier.gathering
-        if self._workers.endpoints() and self._barrier.starting(gathering):
+        if self._workers.serve_all_lanes and self._barrier.starting(gathering):
             task = asyncio.create_task(self._start(gathering))
             self._starting.add(task)
             task.add_done_callback(self._starting.discard)

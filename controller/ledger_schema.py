@@ -59,6 +59,7 @@ class Kind(enum.Enum):
     SKIP = "skip"  # nothing was heard of the steps up to `step`
     CURSORS = "cursors"  # lanes' places after `step`
     CONTROL = "control"  # an operator took the decision from the policy, or gave it back
+    WORKERS = "workers"  # so many loader workers are wanted
     SNAPSHOT = "snapshot"  # the policy's state after `step` was saved
     QUARANTINE = "quarantine"  # something is left out of the data
     EVENT = "event"  # anything else that happened
@@ -296,6 +297,11 @@ def quarantine_of(row: Row) -> Quarantine:
 def event_entry(name: str, step: int = -1, **details: object) -> Entry:
     """Record something that happened."""
     return Entry(kind=Kind.EVENT, step=step, body={"event": name, **details})
+
+
+def workers_entry(wanted: int) -> Entry:
+    """Record how many loader workers are wanted."""
+    return Entry(kind=Kind.WORKERS, step=-1, body={"wanted": wanted})
 
 
 def _floats(values: list[float]) -> NDArray[np.float64]:

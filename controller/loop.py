@@ -147,6 +147,7 @@ class ControlLoop:
         """Close the next step if it is time; return whether one was closed."""
         for name in self._hands.workers.expire():
             self.worker_lost(name, "silent for too long")
+        self.note(*self._hands.workers.take_events())
         async with self._turn:
             group = self.state.group
             if group is None or not self._may_decide():

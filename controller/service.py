@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from controller.bad_share import BadShare
 from controller.joining import Joining
-from controller.ledger_schema import event_entry, quarantine_entry
+from controller.ledger_schema import event_entry, quarantine_entry, workers_entry
 from controller.loop import ControlLoop
 from controller.metrics import Metrics
 from controller.policy_runner import PolicyRunner
@@ -32,7 +32,7 @@ from protos.types import (
     Generation,
     JoinAnswer,
     JoinRequest,
-    LaneEndpoint,
+    LaneTable,
     Mixture,
     PlanEvent,
     ReportAnswer,
@@ -118,7 +118,7 @@ class Service:
             raise NotReady(_STOPS)
         return await self._joining.join(request)
 
-    async def locate(self, generation: Generation) -> Sequence[LaneEndpoint]:
+    async def locate(self, generation: Generation, *, unreachable: str = "") -> LaneTable:
         """See `ControlService.locate`."""
         self._check_going_on()
         current = self._loop.state.generation
@@ -128,15 +128,18 @@ class Service:
                 "begun since; join again"
             )
         self._check_step_will_come()
+        for name in self._workers.unreachable(unreachable) if unreachable else ():
+            self._loop.worker_lost(name, "its stream ended, and a rank cannot reach it")
         endpoints = self._workers.endpoints()
         if not endpoints:
             raise NotReady("no loader worker serves all lanes now; ask again")
-        return endpoints
+        return LaneTable(version=self._workers.lanes_version, endpoints=endpoints)
 
     async def report(self, report: StepReport) -> ReportAnswer:
         """See `ControlService.report`."""
         self._check_going_on()
-        return self._loop.add_report(report)
+        answer = self._loop.add_report(report)
+        return replace(answer, lanes_version=self._workers.lanes_version)
 
     # For loader workers.
 
@@ -210,7 +213,7 @@ class Service:
             self._take(beat)
 
     def _take(self, beat: WorkerBeat) -> None:
-        degraded = self._workers.num_degraded
+        degraded, were_served = self._workers.num_degraded, self._workers.serve_all_lanes
         is_new = self._workers.beat(beat)
         fresh = self._workers.quarantine(beat.quarantines)
         self._loop.note(*(quarantine_entry(item, worker_id=beat.worker_id) for item in fresh))
@@ -229,6 +232,7 @@ class Service:
             self._loop.note(
                 event_entry("worker enlisted", worker=beat.worker_id, endpoint=beat.endpoint)
             )
+        if is_new or self._workers.serve_all_lanes != were_served:
             self._joining.workers_changed()
         if beat.needed_step >= 0:
             self._loop.stir()
@@ -238,8 +242,8 @@ class Service:
         if self._streams.get(worker_id) is not stream:
             return
         del self._streams[worker_id]
-        if self._workers.lose(worker_id) and not self._stopping.is_set():
-            self._loop.worker_lost(worker_id, "its stream ended")
+        if self._workers.stream_ended(worker_id) and not self._stopping.is_set():
+            self._loop.note(event_entry("worker left", worker=worker_id))
 
     def _check_step_will_come(self) -> None:
         if not self._loop.is_drained:
@@ -285,6 +289,8 @@ class Service:
             decision_ms_p50=self._metrics.decision_ms(50),
             decision_ms_p99=self._metrics.decision_ms(99),
             frozen=steering.frozen or steering.override is not None,
+            wanted_workers=self._workers.wanted,
+            lanes_moved=self._workers.num_lanes_moved,
             quarantines=self._workers.quarantines,
             workers=self._workers.statuses(),
         )
@@ -319,6 +325,19 @@ class Service:
     async def drain(self) -> None:
         """See `AdminService.drain`."""
         await self._to_the_end(self._loop.drain())
+
+    async def scale(self, workers: int) -> None:
+        """See `AdminService.scale`."""
+        if workers < 1:
+            raise InvalidMessage(f"a run needs at least 1 loader worker, got {workers}")
+        if not self._workers.are_managed:
+            raise ConfigError(
+                "nobody manages the loader workers of this run: start one more with `python -m "
+                "loader_workers`, or end one with Ctrl-C, which hands its lanes over first"
+            )
+        self._loop.note(workers_entry(workers))
+        await self._to_the_end(self._loop.flush())
+        self._workers.wanted = workers
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
         """Do `work` even if whoever asked waits no longer.

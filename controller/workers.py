@@ -2,37 +2,70 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from controller.lanes import LaneTable, Standing
+from controller.ledger_schema import Entry, event_entry
 from protos.errors import InvalidMessage, WrongRun
 from protos.spec import RunSpec
 from protos.status import WorkerStatus
-from protos.types import Generation, Lane, LaneEndpoint, Quarantine, WorkerBeat
+from protos.types import Generation, LaneEndpoint, Quarantine, WorkerBeat
 
 MAX_REASON_LENGTH = 500
 """A longer reason for a quarantine is cut."""
+
+ABSENCE_S = 3.0
+"""A worker whose stream broke keeps its lanes for so long, if no rank misses it: networks blink."""
+
+
+class Presence(enum.Enum):
+    """HERE <-> ABSENT -> LOST -> HERE."""
+
+    HERE = "here"
+    ABSENT = "absent"  # its stream broke a moment ago; it keeps its lanes
+    LOST = "lost"
 
 
 @dataclass(eq=False, slots=True)
 class _Worker:
     beat: WorkerBeat
     heard_s: float
-    alive: bool = True
+    presence: Presence = Presence.HERE
+    absent_since_s: float = 0.0
     num_degraded: int = 0
     """Of all processes that bore this name."""
+
+    @property
+    def is_here(self) -> bool:
+        return self.presence is Presence.HERE
 
 
 class Workers:
     """Enlisted loader workers, by what they last said of themselves.
 
-    One that is silent for `expiry_s`, or whose stream breaks, is lost until it enlists again.
+    One is lost when it is silent for `expiry_s`, when its stream breaks and does not come back for
+    `absence_s`, or when its stream breaks and a rank says that it cannot be reached.
     """
 
-    def __init__(self, spec: RunSpec, *, expiry_s: float, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        *,
+        expiry_s: float,
+        now: Callable[[], float],
+        absence_s: float = ABSENCE_S,
+    ) -> None:
         self._spec = spec
         self._expiry_s = expiry_s
+        self._absence_s = absence_s
         self._now = now
+        self.wanted = 0
+        """How many an operator wants; 0: nobody has said."""
+
+        self._table = LaneTable(spec.lanes, now=now)
+        self._events: list[Entry] = []
         self._workers: dict[str, _Worker] = {}
         self._beats_since_plans: dict[str, int] = {}
         self._quarantined: dict[tuple[str, str, int], Quarantine] = {}
@@ -58,12 +91,18 @@ class Workers:
             self._workers[beat.worker_id] = _Worker(
                 beat=beat, heard_s=self._now(), num_degraded=beat.degraded_steps
             )
+            self._give_lanes()
             return True
         same_process = known.beat.pid == beat.pid and known.beat.endpoint == beat.endpoint
         before = known.beat.degraded_steps if same_process else 0
         known.num_degraded += max(0, beat.degraded_steps - before)
-        is_new = not known.alive or not same_process
-        known.beat, known.heard_s, known.alive = beat, self._now(), True
+        is_new = known.presence is Presence.LOST or not same_process
+        is_changed = is_new or not known.is_here or _offer(beat) != _offer(known.beat)
+        if known.beat.endpoint != beat.endpoint:
+            self._table.moved_house()
+        known.beat, known.heard_s, known.presence = beat, self._now(), Presence.HERE
+        if is_changed:
+            self._give_lanes()
         return is_new
 
     def told_plans(self, worker_id: str) -> None:
@@ -74,38 +113,108 @@ class Workers:
         """Note that the stream of plans to a worker has ended."""
         self._beats_since_plans.pop(worker_id, None)
 
-    def lose(self, worker_id: str) -> bool:
-        """Take a worker for lost; return False if it was lost already."""
+    def stream_ended(self, worker_id: str) -> bool:
+        """Note that a worker's stream broke; return True if the worker had wanted to go."""
         worker = self._workers.get(worker_id)
-        if worker is None or not worker.alive:
+        if worker is None or not worker.is_here:
             return False
-        worker.alive = False
-        return True
+        worker.presence = Presence.LOST if worker.beat.leaving else Presence.ABSENT
+        worker.absent_since_s = self._now()
+        self._give_lanes()
+        return worker.beat.leaving
+
+    def unreachable(self, endpoint: str) -> list[str]:
+        """Take a rank's word that nobody answers at `endpoint`; return the workers lost by it.
+
+        What a rank cannot reach and the controller hears no more of is dead, not slow. A worker
+        that the controller does hear keeps its lanes: the rank may reach it at its next try.
+        """
+        lost = [
+            name
+            for name, worker in sorted(self._workers.items())
+            if worker.presence is Presence.ABSENT and worker.beat.endpoint == endpoint
+        ]
+        self._lose(lost)
+        return lost
 
     def expire(self) -> list[str]:
-        """Return the workers that are lost now because they have been silent too long."""
-        limit = self._now() - self._expiry_s
-        silent = [name for name, worker in self._alive() if worker.heard_s < limit]
-        for name in silent:
-            self.lose(name)
+        """Return the workers that are lost now because they have been silent or absent too long.
+
+        Lanes that have waited for calm are spread evenly now.
+        """
+        now = self._now()
+        silent = [
+            name
+            for name, worker in sorted(self._workers.items())
+            if (worker.is_here and worker.heard_s < now - self._expiry_s)
+            or (
+                worker.presence is Presence.ABSENT and worker.absent_since_s < now - self._absence_s
+            )
+        ]
+        self._lose(silent)
+        self._give_lanes()
         return silent
 
-    def endpoints(self) -> tuple[LaneEndpoint, ...]:
-        """Return who serves each lane, in order; empty while some lane has nobody.
+    def _lose(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._workers[name].presence = Presence.LOST
+        self._give_lanes()
 
-        Contiguous groups of lanes go to the workers in the order of their names, as even as their
-        capacities let them be.
-        """
-        alive = self._alive()
-        shares = self._fair_shares([worker.beat.capacity_lanes for _, worker in alive])
-        endpoints: list[LaneEndpoint] = []
-        for (name, worker), num_lanes in zip(alive, shares, strict=True):
-            for _ in range(num_lanes):
-                lane = Lane(len(endpoints))
-                endpoints.append(
-                    LaneEndpoint(lane=lane, endpoint=worker.beat.endpoint, worker_id=name)
+    def _give_lanes(self) -> None:
+        """Bring the table of lanes to the workers that there are."""
+        moves = self._table.update(
+            {
+                name: Standing(
+                    capacity=worker.beat.capacity_lanes or self._spec.lanes,
+                    unwilling=worker.beat.leaving or worker.beat.starting,
+                    absent=not worker.is_here,
                 )
-        return tuple(endpoints) if len(endpoints) == self._spec.lanes else ()
+                for name, worker in self._workers.items()
+                if worker.presence is not Presence.LOST
+            }
+        )
+        if moves is not None:
+            after = dict(moves.lanes_after)
+            self._events.append(event_entry("lanes moved", lanes=moves.num_lanes, after=after))
+
+    def take_events(self) -> list[Entry]:
+        """Return what is to be recorded of lanes that moved since this was asked last."""
+        events, self._events = self._events, []
+        return events
+
+    @property
+    def serve_all_lanes(self) -> bool:
+        """Whether every lane has a worker."""
+        return self._table.is_complete
+
+    @property
+    def lanes_version(self) -> int:
+        """Grows whenever a lane is served elsewhere."""
+        return self._table.version
+
+    @property
+    def num_lanes_moved(self) -> int:
+        """Lanes that went from one worker to another, in all."""
+        return self._table.num_moved
+
+    @property
+    def are_managed(self) -> bool:
+        """Whether somebody starts and ends workers as an operator wants."""
+        return any(worker.beat.managed for _, worker in self._alive())
+
+    def endpoints(self) -> tuple[LaneEndpoint, ...]:
+        """Return who serves each lane, in order, to be told to ranks; empty: some has nobody.
+
+        Lanes go in contiguous groups to the workers in the order of their names, as even as their
+        capacities let them be; once ranks were told, they move no more than they must.
+        """
+        if not self._table.is_complete:
+            return ()
+        self._table.told()
+        return tuple(
+            LaneEndpoint(lane=lane, endpoint=self._workers[name].beat.endpoint, worker_id=name)
+            for lane, name in self._table.owners.items()
+        )
 
     def needed_beyond(self, sealed_through: int, generation: Generation) -> int | None:
         """Return the first step beyond the seal that some rank waits for; None: there is none."""
@@ -131,7 +240,7 @@ class Workers:
         A worker that has just been told the plans goes on with its own no more; but only the second
         beat after that was surely sent with the plans at hand.
         """
-        return bool(self.endpoints()) and all(
+        return self._table.is_complete and all(
             self._beats_since_plans.get(name, 0) >= 2 for name, _ in self._alive()
         )
 
@@ -173,35 +282,27 @@ class Workers:
     def statuses(self) -> tuple[WorkerStatus, ...]:
         """Return all workers that were ever there, as `headrace status` shows them."""
         lanes: dict[str, list[int]] = {}
-        for endpoint in self.endpoints():
-            lanes.setdefault(endpoint.worker_id, []).append(endpoint.lane)
+        for lane, name in self._table.owners.items():
+            lanes.setdefault(name, []).append(lane)
         return tuple(
             WorkerStatus(
                 worker_id=name,
                 endpoint=worker.beat.endpoint,
-                alive=worker.alive,
+                alive=worker.presence is not Presence.LOST,
                 lanes=tuple(lanes.get(name, ())),
                 cache_bytes=worker.beat.cache_bytes,
                 stall_s=worker.beat.stall_s,
                 sequences_served=worker.beat.sequences_served,
+                leaving=worker.beat.leaving,
+                managed=worker.beat.managed,
             )
             for name, worker in sorted(self._workers.items())
         )
 
     def _alive(self) -> list[tuple[str, _Worker]]:
-        return [(name, worker) for name, worker in sorted(self._workers.items()) if worker.alive]
+        return [(name, worker) for name, worker in sorted(self._workers.items()) if worker.is_here]
 
-    def _fair_shares(self, capacities: list[int]) -> list[int]:
-        """Return how many lanes each worker gets; all zeros if they cannot take all lanes."""
-        lanes = self._spec.lanes
-        limits = [capacity or lanes for capacity in capacities]
-        if sum(limits) < lanes:
-            return [0] * len(limits)
-        shares = [0] * len(limits)
-        # Workers with little room are filled first; the rest is spread over the others.
-        order = sorted(range(len(limits)), key=lambda index: (limits[index], -index))
-        left = lanes
-        for position, index in enumerate(order):
-            shares[index] = min(limits[index], left // (len(order) - position))
-            left -= shares[index]
-        return shares
+
+def _offer(beat: WorkerBeat) -> tuple[bool, bool, int]:
+    """Return what of a beat decides about lanes."""
+    return beat.leaving, beat.starting, beat.capacity_lanes

@@ -1,4 +1,4 @@
-"""The harness's actors, controller and loader workers: started, watched, restarted, ended."""
+"""Actors that serve, controller and loader workers: started, watched, restarted, ended."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import enum
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,8 +13,6 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from controller.actor import ControllerActor
 from controller.config import RunConfig
-from loader_workers.actor import LoaderActor
-from loader_workers.worker import WorkerSettings
 from protos.errors import AlreadyServing, HeadraceError, NotReady, Retryable
 from protos.security import split_address
 
@@ -28,10 +24,11 @@ Say = Callable[[str], None]
 
 
 class ActorState(enum.Enum):
-    """STARTING <-> SERVING -> STOPPED."""
+    """STARTING <-> SERVING -> LEAVING -> STOPPED; from any to STOPPED."""
 
     STARTING = "starting"  # was told to serve and has not answered
     SERVING = "serving"
+    LEAVING = "leaving"  # serves until others have taken over
     STOPPED = "stopped"
 
 
@@ -49,6 +46,9 @@ class WatchedActor:
         self._is_lost = False
         self._fault = ""
         self.state = ActorState.STARTING
+        self.has_left = False
+        """It was asked to leave, and is needed no more."""
+
         self._pending = actor.start.remote()
 
     def wait_started(self, timeout_s: float = START_TIMEOUT_S) -> str:
@@ -77,6 +77,9 @@ class WatchedActor:
         done, _ = ray.wait([self._pending], timeout=0)
         if not done:
             return
+        if self.state is ActorState.LEAVING:
+            self._look_leaving()
+            return
         try:
             answer = ray.get(self._pending)
         except RayTaskError as error:
@@ -90,6 +93,16 @@ class WatchedActor:
         else:
             self._serving()
             self._say_fault(getattr(answer, "error", ""))
+
+    def _look_leaving(self) -> None:
+        try:
+            answer = ray.get(self._pending)
+        except (RayTaskError, RayActorError):
+            self._say(f"the {self.name} died while it was leaving")
+            self.has_left = True
+            return
+        self.has_left = bool(getattr(answer, "has_left", False))
+        self._pending = getattr(self._actor, self._ping).remote()
 
     def _say_fault(self, fault: str) -> None:
         """Say once why an actor that lives serves no more."""
@@ -109,6 +122,11 @@ class WatchedActor:
             self._say(f"the {self.name} died; Ray starts it again")
         self._is_lost = True
         self.state = ActorState.STARTING
+
+    def ask_to_leave(self) -> None:
+        """Have it serve only until others have taken over; `look` sees when `has_left`."""
+        self.state = ActorState.LEAVING
+        self._actor.leave.remote()
 
     def ask_to_stop(self) -> Any:
         """Begin to stop; return what to wait for."""
@@ -164,26 +182,6 @@ def free_port(host: str) -> int:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host.strip("[]"), 0))
         return int(probe.getsockname()[1])
-
-
-def start_workers(config: RunConfig, address: str, cache: Path, *, say: Say) -> list[WatchedActor]:
-    """Start the run's loader workers; they share a cache."""
-    workers = []
-    for number in range(config.workers.count):
-        name = f"worker-{number}"
-        settings = WorkerSettings(
-            controller=address,
-            cache_dir=config.workers.cache_dir or cache,
-            cache_bytes=config.workers.cache_bytes,
-            threads=config.workers.threads,
-            worker_id=name,
-            run_id=config.run,
-            # What workers need of it: not the token that steers the run.
-            security=replace(config.wire_security, admin_token_file=None),
-        )
-        actor = LoaderActor.options(num_cpus=1, max_restarts=-1).remote(settings)  # type: ignore[attr-defined]
-        workers.append(WatchedActor(f"loader {name}", actor, ping="stats", say=say))
-    return workers
 
 
 def _ours(error: RayTaskError) -> HeadraceError:

@@ -81,6 +81,8 @@ def status_json(status: RunStatus) -> dict[str, Any]:
 
 
 _FIGURES = (
+    "wanted_workers",
+    "lanes_moved",
     "tokens",
     "tokens_per_s",
     "data_wait_share",
@@ -96,6 +98,8 @@ _WORKER_FIGURES = (
     "cache_bytes",
     "stall_s",
     "sequences_served",
+    "leaving",
+    "managed",
 )
 
 
@@ -126,6 +130,40 @@ def _share(text: str) -> tuple[str, float]:
         return domain, float(share)
     except ValueError:
         raise ConfigError(f"a share is DOMAIN=NUMBER, got {text!r}") from None
+
+
+@told
+@on_run(default="127.0.0.1:7700", num_before=1)
+def scale(
+    admin: AdminClient,
+    workers: Annotated[int, typer.Argument(min=1, help="How many loader workers there shall be.")],
+    *,
+    timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait until it has happened.")
+    ] = 60.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Have more or fewer loader workers, while the run trains; say what moved.
+
+    Workers that are to go serve until others have their lanes. The wish is in the ledger: it holds
+    over restarts of the controller, and stands if --timeout is over first (exit code 1). Workers
+    that were started by hand join and leave by hand: start one more, or press Ctrl-C.
+    """
+    from deploy.scaling import scale_to
+
+    def say(line: str) -> None:
+        if not as_json:
+            print(line)
+
+    scaled = scale_to(admin, workers, timeout_s=timeout, say=say)
+    if as_json:
+        print(scaled.as_json())
+        return
+    lanes = ", ".join(f"{name} {count}" for name, count in scaled.lanes.items())
+    print(
+        f"loader workers {scaled.workers_before} -> {scaled.workers_after}, "
+        f"{scaled.lanes_moved} lanes moved in {scaled.seconds:.1f} s; lanes now: {lanes}"
+    )
 
 
 @told

@@ -9,13 +9,14 @@ torchrun, ranks  harness      the run is over, fails, or is stopped; then everyt
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -34,7 +35,7 @@ from deploy.report import (
     write_report,
     write_run_digests,
 )
-from deploy.runfile import RunOptions
+from deploy.runfile import ADDRESS, RunOptions
 from deploy.training import (
     RECEIVED,
     TRAINER_SAYS,
@@ -44,9 +45,14 @@ from deploy.training import (
     trainer_command,
     trainer_environment,
 )
+from deploy.whole_file import write_whole
 from protos.client import AdminClient
 from protos.errors import HeadraceError, Retryable
 from protos.status import RunStatus
+
+if TYPE_CHECKING:
+    from deploy.actors import WatchedActor
+    from deploy.pool import WorkerPool
 
 TRAINER_LOG = "trainer.log"
 CACHE = "cache"
@@ -122,15 +128,17 @@ def _train(
             stack.enter_context(local_ray(folder, num_actors=1 + config.workers.count, logs=logs))
             stop.install()
             # Imports Ray, which must find the environment that `local_ray` has prepared.
-            from deploy.actors import start_controller, start_workers, stop_actors
+            from deploy.actors import start_controller, stop_actors
+            from deploy.pool import WorkerPool
 
             controller, address = start_controller(config, say=progress.say)
-            actors = [controller]
-            stack.callback(lambda: stop_actors(actors[1:], actors[:1]))
+            stack.callback(stop_actors, [controller])
+            write_whole(options.out / ADDRESS, address + "\n")
+            stack.callback((options.out / ADDRESS).unlink, missing_ok=True)
             cache = options.out.resolve() / CACHE
-            actors += start_workers(config, address, cache, say=progress.say)
-            for actor in actors[1:]:
-                actor.wait_started()
+            pool = WorkerPool(config, address, cache, say=progress.say)
+            stack.callback(pool.stop)
+            pool.start()
         admin = AdminClient(address, security=config.wire_security)
         stack.callback(admin.close)
         started = time.monotonic()
@@ -139,7 +147,7 @@ def _train(
             log=options.out / TRAINER_LOG,
             env=trainer_environment(config),
         )
-        watch = _Watch(admin, trainer, actors, progress, stop)
+        watch = _Watch(admin, trainer, controller, pool, progress, stop)
         try:
             watch.until_the_end()
         finally:
@@ -164,13 +172,16 @@ class _Watch:
         self,
         admin: AdminClient,
         trainer: ChildProcess,
-        actors: list[Any],
+        controller: WatchedActor,
+        pool: WorkerPool,
         progress: Progress,
         stop: StopSignals,
     ) -> None:
         self._admin = admin
         self._trainer = trainer
-        self._actors = actors
+        self._controller = controller
+        self._pool = pool
+        self._has_said_size = False
         self._progress = progress
         self._stop = stop
         self.status: RunStatus | None = None
@@ -178,11 +189,22 @@ class _Watch:
     def until_the_end(self) -> None:
         """Return when the trainer has ended or a signal came."""
         while self._trainer.poll() is None and not self._stop.wait(_POLL_S):
-            for actor in self._actors:
-                actor.look()
+            self._controller.look()
+            self._pool.look()
+            self._scale()
             self._ask()
             if self.status is not None:
                 self._progress.show(self.status)
+
+    def _scale(self) -> None:
+        """Have as many workers as the controller was told last: by us, then by an operator."""
+        if not self._has_said_size:
+            # Else a wish of before the run was resumed would count.
+            with contextlib.suppress(HeadraceError):
+                self._admin.scale(self._pool.size, timeout_s=_STATUS_TIMEOUT_S)
+                self._has_said_size = True
+        elif self.status is not None and self.status.wanted_workers:
+            self._pool.scale(self.status.wanted_workers)
 
     def last_status(self) -> None:
         """Hear the controller once more, and tell it that the run is over."""

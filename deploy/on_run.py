@@ -11,7 +11,9 @@ from typing import Annotated, Any, Concatenate, ParamSpec
 
 import typer
 
+from deploy.runfile import ADDRESS
 from protos.client import AdminClient
+from protos.errors import ConfigError
 from protos.security import Security
 
 P = ParamSpec("P")
@@ -53,24 +55,48 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
 }
 """Of each parameter that every such command has: type and default."""
 
-_ADDRESS = Annotated[str, typer.Argument(help="HOST:PORT of the controller.")]
+_ADDRESS = Annotated[
+    str, typer.Argument(help="HOST:PORT of the controller, or the folder of a `headrace run`.")
+]
 
 
-def on_run(*, default: str | None = None) -> Callable[[_Command[P]], Callable[..., None]]:
+def find_controller(address: str) -> str:
+    """Return HOST:PORT of a controller, read from the run's folder if one is named.
+
+    Raises:
+        ConfigError: nothing is served from that folder now.
+    """
+    folder = Path(address)
+    if not folder.is_dir():
+        return address
+    try:
+        return (folder / ADDRESS).read_text(encoding="utf-8").strip()
+    except OSError:
+        raise ConfigError(
+            f"no controller serves the run in {folder} now (there is no {ADDRESS} in it); name "
+            "HOST:PORT if it was started by hand"
+        ) from None
+
+
+def on_run(
+    *, default: str | None = None, num_before: int = 0
+) -> Callable[[_Command[P]], Callable[..., None]]:
     """Give a command the address of a run and the security options in place of its connection.
 
     The command's first argument is the open connection. `default` is the address where none is
-    given; None: it must be.
+    given; None: it must be. `num_before` of the command's arguments come before the address.
     """
-    return functools.partial(_connecting, default=default)
+    return functools.partial(_connecting, default=default, num_before=num_before)
 
 
-def _connecting(command: _Command[P], *, default: str | None) -> Callable[..., None]:
+def _connecting(
+    command: _Command[P], *, default: str | None, num_before: int
+) -> Callable[..., None]:
     @functools.wraps(command)
     def connected(address: str, *args: P.args, **kwargs: P.kwargs) -> None:
         options: dict[str, Any] = {name: kwargs.pop(name) for name in _OPTIONS}
         security = Security(admin_token_file=options.pop("token_file"), **options)
-        with closing(AdminClient(address, security=security)) as admin:
+        with closing(AdminClient(find_controller(address), security=security)) as admin:
             command(admin, *args, **kwargs)
 
     _, *others = inspect.signature(command, eval_str=True).parameters.values()
@@ -85,7 +111,7 @@ def _connecting(command: _Command[P], *, default: str | None) -> Callable[..., N
         inspect.Parameter(name, named, default=value, annotation=kind)
         for name, (kind, value) in _OPTIONS.items()
     ]
-    parameters = [address, *others, *ours]
+    parameters = [*others[:num_before], address, *others[num_before:], *ours]
     # The command line is made of these two.
     connected.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     connected.__annotations__ = {each.name: each.annotation for each in parameters}

@@ -91,11 +91,12 @@ class Progress:
 
     def _say_changes(self, status: RunStatus) -> None:
         alive = {worker.worker_id for worker in status.workers if worker.alive}
-        for lost in sorted(self._seen_workers - alive - self._lost_workers):
+        left = {worker.worker_id for worker in status.workers if worker.leaving}
+        for lost in sorted(self._seen_workers - alive - self._lost_workers - left):
             self.say(f"the controller has lost loader worker {lost}")
         for back in sorted(alive & self._lost_workers):
             self.say(f"the controller has loader worker {back} again")
-        self._seen_workers |= alive
+        self._seen_workers = (self._seen_workers | alive) - (left - alive)
         self._lost_workers = self._seen_workers - alive
 
 
@@ -138,10 +139,14 @@ def status_panel(status: RunStatus) -> Group:
 def _workers_line(status: RunStatus) -> Text:
     line = Text(" ")
     for worker in status.workers:
+        if worker.leaving and not worker.alive:
+            continue
         style = "green" if worker.alive else "red"
         lanes = ",".join(map(str, worker.lanes))
         line.append(f"● {worker.worker_id} ", style=style)
         line.append(f"lanes {lanes or 'none'}  {worker.sequences_served:,} sequences   ")
+        if worker.leaving:
+            line.append("leaving   ", style="yellow")
     trouble = {
         "degraded steps": status.degraded_steps,
         "missing reports": status.missing_reports,

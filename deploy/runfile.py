@@ -16,6 +16,8 @@ from deploy.whole_file import write_whole
 from protos.errors import ConfigError
 
 RUN_FILE = "run.yaml"
+ADDRESS = "controller.address"
+"""In the run's folder: where its controller serves, as long as it does."""
 
 Settings = dict[str, Any]
 """What a run file says, as YAML reads it."""

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from loader_workers.source import WINDOW_BYTES
-from loader_workers.worker import WorkerSettings, run_worker
+from loader_workers.worker import DRAIN_S, WorkerSettings, run_worker
 from protos.errors import HeadraceError
 from protos.security import Security
 
@@ -19,7 +19,10 @@ _EXIT_FAILED = 1
 
 
 def main() -> int:
-    """Serve until SIGTERM or SIGINT; return the exit status."""
+    """Serve until SIGTERM or SIGINT; return the exit status.
+
+    The first signal has the lanes handed to other workers, a second one ends at once.
+    """
     parser = argparse.ArgumentParser(prog="python -m loader_workers", description=__doc__)
     parser.add_argument("--controller", required=True, metavar="HOST:PORT")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="folder for token shards")
@@ -30,14 +33,26 @@ def main() -> int:
     parser.add_argument("--advertise", default="", metavar="HOST", help="name that ranks use")
     parser.add_argument("--worker-id", default="")
     parser.add_argument("--run", default="", help="refuse any other run than this one")
+    parser.add_argument(
+        "--drain-s",
+        type=float,
+        default=DRAIN_S,
+        metavar="SECONDS",
+        help="how long to serve on after Ctrl-C or SIGTERM until other workers have taken the "
+        "lanes (%(default)g); a second signal ends at once",
+    )
     _add_security(parser)
     arguments = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level="INFO")
     # One thread a shard: `--threads` alone says how many cores tokenizing may take.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    stop = threading.Event()
+    stop, hurry = threading.Event(), threading.Event()
+
+    def end(*_: object) -> None:
+        (hurry if stop.is_set() else stop).set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, end)
     try:
         settings = WorkerSettings(
             controller=arguments.controller,
@@ -51,7 +66,13 @@ def main() -> int:
             run_id=arguments.run,
             security=_security(arguments),
         )
-        run_worker(settings, stop=stop, on_ready=lambda endpoint: print(endpoint, flush=True))
+        run_worker(
+            settings,
+            stop=stop,
+            hurry=hurry,
+            drain_s=arguments.drain_s,
+            on_ready=lambda endpoint: print(endpoint, flush=True),
+        )
     except HeadraceError as error:
         print(f"loader worker: {error}", file=sys.stderr)
         return _EXIT_FAILED

@@ -44,6 +44,10 @@ class LoaderActor:
         """Return how the worker stands."""
         return self._worker.stats()
 
+    def leave(self) -> None:
+        """Have the lanes handed to other workers; `stats` says when that has happened."""
+        self._worker.leave()
+
     def stop(self) -> None:
         """Stop serving; idempotent."""
         self._stop.set()

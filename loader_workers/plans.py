@@ -71,6 +71,12 @@ class PlanBoard:
         """How many steps were composed without their seal, in all generations."""
         return len(self._degraded)
 
+    @property
+    def newest_shares(self) -> tuple[float, ...] | None:
+        """[domains]: of the newest mixture that was heard of; None: there is none yet."""
+        with self.changed:
+            return self._book.plans[-1].mixture.shares if self._book.plans else None
+
     def hear(self, event: PlanEvent) -> None:
         """Take in what the controller says; an empty event says that it lives.
 

@@ -145,6 +145,9 @@ class LoaderService:
         ).start()
         with self._lock:
             self._listeners.add(listener)
+        if (shares := board.newest_shares) is not None:
+            # A lane that moves here is wanted some steps later: its windows shall be open by then.
+            composer.prepare(shares)
         try:
             yield from self._batches(opening, board, listener, composer)
         finally:

@@ -100,7 +100,7 @@ class ControllerSession:
 
     thread  does                                      waits for                     woken by
     enlist  sends beats, takes settings and blobs     the stream's next event       close, a break
-    beats   (gRPC's) yields a beat a second           its connection's end, 1 s     close, a break
+    beats   (gRPC's) yields a beat a second           beat_soon, 1 s                close, a break
     watch   hands on plans, once the worker is ready  `ready`, then the next event  close, a break
     """
 
@@ -133,6 +133,10 @@ class ControllerSession:
         self.draining = False
         """The controller said that the run is over."""
 
+        self.is_connected = False
+        """The controller has answered, and the stream has not broken since."""
+
+        self._beat_soon = threading.Event()
         self.error: HeadraceError | None = None
         """What ended the session for good."""
 
@@ -154,9 +158,14 @@ class ControllerSession:
     ) -> None:
         self.close()
 
+    def beat_soon(self) -> None:
+        """Send the next beat at once."""
+        self._beat_soon.set()
+
     def close(self) -> None:
         """End both streams and their threads; idempotent."""
         self._stopping.set()
+        self._beat_soon.set()
         self.ready.set()
         with self._lock:
             streams = list(self._streams)
@@ -204,13 +213,15 @@ class ControllerSession:
         self._on_connect()
         try:
             for event in self._events(self._client.enlist(self._beats(over))):
-                heard = True
+                heard = self.is_connected = True
                 self._take(event)
         except Retryable:
             if not heard:
                 raise
         finally:
+            self.is_connected = False
             over.set()
+            self._beat_soon.set()
         return heard
 
     def _watch_once(self) -> bool:
@@ -245,7 +256,8 @@ class ControllerSession:
     def _beats(self, over: threading.Event) -> Iterator[WorkerBeat]:
         while not over.is_set() and not self._stopping.is_set():
             yield self._beat()
-            over.wait(BEAT_EVERY_S)
+            self._beat_soon.wait(BEAT_EVERY_S)
+            self._beat_soon.clear()
 
     def _take(self, event: EnlistEvent) -> None:
         if isinstance(event, Beat):
@@ -259,6 +271,8 @@ class ControllerSession:
                 self._on_inputs(inputs)
                 self._spec = inputs.spec
                 self.ready.set()
+                # Lanes are given only to workers that say so.
+                self._beat_soon.set()
 
     def _check_same_run(self, spec: RunSpec) -> None:
         mine = self._spec

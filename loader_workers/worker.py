@@ -36,6 +36,14 @@ _QUARANTINES_A_BEAT = 256
 _READY_SLICE_S = 0.5
 _OPEN_FILES = 65_536
 
+DRAIN_S = 25.0
+"""How long a worker that is told to end goes on serving, until its lanes are served elsewhere."""
+
+_QUIET_S = 1.0
+"""A worker that leaves is gone from every rank's view when nobody has streamed for so long."""
+
+_LOOK_EVERY_S = 0.1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSettings:
@@ -66,6 +74,9 @@ class WorkerSettings:
     run_id: str = ""
     """Empty: whichever run the controller has."""
 
+    managed: bool = False
+    """Whoever started it also obeys `headrace scale`."""
+
     security: Security = field(default_factory=Security)
 
     def __post_init__(self) -> None:
@@ -95,6 +106,8 @@ class WorkerStats:
     cache_bytes: int
     num_quarantined: int
     error: str
+    has_left: bool
+    """Its lanes are served elsewhere; it may be ended."""
 
 
 class Worker:
@@ -110,6 +123,8 @@ class Worker:
         self._cache: ShardCache | None = None
         self._session: ControllerSession | None = None
         self._num_reported = 0
+        self._is_leaving = False
+        self._streamed_s = 0.0
         self.endpoint = ""
 
     def __enter__(self) -> Worker:
@@ -164,6 +179,24 @@ class Worker:
                 )
         self.check()
 
+    def leave(self) -> None:
+        """Ask the controller to give the lanes to others; serve until then. Twice does no harm."""
+        if not self._is_leaving and self._session is not None:
+            self._streamed_s = time.monotonic()
+            self._is_leaving = True
+            self._session.beat_soon()
+
+    def has_left(self) -> bool:
+        """Say whether ranks need this worker no more; asked every so often after `leave`."""
+        if not self._is_leaving or self._session is None:
+            return False
+        if not self._session.is_connected:
+            # Nobody gives its lanes to others, however long it stays.
+            return True
+        if self._service.figures().open_streams:
+            self._streamed_s = time.monotonic()
+        return time.monotonic() - self._streamed_s >= _QUIET_S
+
     def check(self) -> None:
         """Raise what ended the worker, if something did."""
         if self._session is not None and self._session.error is not None:
@@ -182,6 +215,7 @@ class Worker:
             cache_bytes=self._cache.num_bytes() if self._cache else 0,
             num_quarantined=len(self._cache.quarantines()) if self._cache else 0,
             error=str(session.error) if session is not None and session.error else "",
+            has_left=self.has_left(),
         )
 
     def _configure(self, inputs: Inputs) -> None:
@@ -230,6 +264,9 @@ class Worker:
             stall_s=figures.stall_s,
             sequences_served=figures.sequences_served,
             quarantines=self._new_quarantines(),
+            leaving=self._is_leaving,
+            managed=self._settings.managed,
+            starting=self._cache is None,
         )
 
     def _new_quarantines(self) -> tuple[Quarantine, ...]:
@@ -250,9 +287,13 @@ def run_worker(
     settings: WorkerSettings,
     *,
     stop: threading.Event,
+    hurry: threading.Event,
+    drain_s: float = DRAIN_S,
     on_ready: Callable[[str], None] = lambda endpoint: None,
 ) -> None:
-    """Serve until `stop` is set; `on_ready` gets the endpoint once the run is known.
+    """Serve until `stop` is set, then for at most `drain_s` until other workers have the lanes.
+
+    `hurry` ends that wait; `on_ready` gets the endpoint once the run is known.
 
     Raises:
         HeadraceError: what ended the worker before that.
@@ -268,6 +309,11 @@ def run_worker(
             break
         stop.wait()
         worker.check()
+        worker.leave()
+        deadline = time.monotonic() + drain_s
+        while not worker.has_left() and time.monotonic() < deadline:
+            if hurry.wait(_LOOK_EVERY_S):
+                break
 
 
 def check_tokenized(index: DatasetIndex, *, has_tokenizer: bool) -> None:

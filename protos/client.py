@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 import numpy as np
 
-from protos import codec, codec_admin, codec_common, codec_data
+from protos import codec, codec_admin, codec_data
 from protos.channel import (
     CLIENT_OPTIONS,
     MAX_BATCH_BYTES,
@@ -28,7 +28,7 @@ from protos.types import (
     Generation,
     JoinAnswer,
     JoinRequest,
-    LaneEndpoint,
+    LaneTable,
     OpenStream,
     PlanEvent,
     ReportAnswer,
@@ -135,12 +135,14 @@ class ControlClient(_Client):
             )
         return codec.join_answer_from_proto(message)
 
-    def locate(self, generation: Generation, *, timeout_s: float = 5.0) -> tuple[LaneEndpoint, ...]:
-        """Ask who serves each lane now."""
-        request = control_pb2.LocateRequest(generation=generation)
+    def locate(
+        self, generation: Generation, *, unreachable: str = "", timeout_s: float = 5.0
+    ) -> LaneTable:
+        """Ask who serves each lane now; see `ControlService.locate`."""
+        request = control_pb2.LocateRequest(generation=generation, unreachable=unreachable)
         with raising_ours(self._unreachable, self.address):
             message = self._stub().Locate(request, timeout=timeout_s)
-        return tuple(codec_common.endpoint_from_proto(endpoint) for endpoint in message.endpoints)
+        return codec.lane_table_from_proto(message)
 
     def report(self, report: StepReport, *, timeout_s: float = 5.0) -> ReportAnswer:
         """Say what this rank saw of a step; may be repeated."""
@@ -217,6 +219,11 @@ class AdminClient(_Client):
         """End the run's decisions."""
         with raising_ours(self._unreachable, self.address):
             self._stub().Drain(admin_pb2.DrainRequest(), timeout=timeout_s)
+
+    def scale(self, workers: int, *, timeout_s: float = 5.0) -> None:
+        """Want so many loader workers."""
+        with raising_ours(self._unreachable, self.address):
+            self._stub().Scale(admin_pb2.ScaleRequest(workers=workers), timeout=timeout_s)
 
 
 class DataClient(_Client):

@@ -32,6 +32,7 @@ from protos.types import (
     Generation,
     JoinAnswer,
     JoinRequest,
+    LaneTable,
     PlanEvent,
     Rank,
     ReportAnswer,
@@ -123,6 +124,7 @@ def join_answer_to_proto(answer: JoinAnswer) -> control.JoinResponse:
         first_step=answer.first_step,
         endpoints=[endpoint_to_proto(endpoint) for endpoint in answer.endpoints],
         cursors=cursors_to_proto(answer.cursors, answer.cursor_steps),
+        lanes_version=answer.lanes_version,
     )
 
 
@@ -137,6 +139,24 @@ def join_answer_from_proto(message: control.JoinResponse) -> JoinAnswer:
         endpoints=tuple(endpoint_from_proto(endpoint) for endpoint in message.endpoints),
         cursors=cursors,
         cursor_steps=steps,
+        lanes_version=_bounded("lanes_version", message.lanes_version),
+    )
+
+
+def lane_table_to_proto(table: LaneTable) -> control.LocateResponse:
+    """Encode who serves each lane."""
+    return control.LocateResponse(
+        endpoints=[endpoint_to_proto(endpoint) for endpoint in table.endpoints],
+        lanes_version=table.version,
+    )
+
+
+@checked
+def lane_table_from_proto(message: control.LocateResponse) -> LaneTable:
+    """Decode who serves each lane."""
+    return LaneTable(
+        version=_bounded("lanes_version", message.lanes_version),
+        endpoints=tuple(endpoint_from_proto(endpoint) for endpoint in message.endpoints),
     )
 
 
@@ -210,6 +230,7 @@ def report_answer_to_proto(answer: ReportAnswer) -> control.ReportResponse:
         plan_version=answer.plan_version,
         sealed_through=answer.sealed_through,
         counted=answer.counted,
+        lanes_version=answer.lanes_version,
     )
 
 
@@ -219,6 +240,7 @@ def report_answer_from_proto(message: control.ReportResponse) -> ReportAnswer:
         plan_version=message.plan_version,
         sealed_through=message.sealed_through,
         counted=message.counted,
+        lanes_version=message.lanes_version,
     )
 
 

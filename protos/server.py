@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from protos import codec, codec_admin, codec_common, codec_data
+from protos import codec, codec_admin, codec_data
 from protos.channel import (
     MAX_BATCH_BYTES,
     MAX_CONTROL_BYTES,
@@ -81,10 +81,10 @@ class _Control(control_pb2_grpc.ControlServicer):
 
     async def Locate(self, request: control_pb2.LocateRequest, context: _AioContext) -> Any:
         async def work() -> control_pb2.LocateResponse:
-            endpoints = await self._service.locate(Generation(request.generation))
-            return control_pb2.LocateResponse(
-                endpoints=[codec_common.endpoint_to_proto(endpoint) for endpoint in endpoints]
+            table = await self._service.locate(
+                Generation(request.generation), unreachable=request.unreachable
             )
+            return codec.lane_table_to_proto(table)
 
         return await _answer(context, work)
 
@@ -173,6 +173,13 @@ class _Admin(admin_pb2_grpc.AdminServicer):
         async def work() -> admin_pb2.DrainResponse:
             await self._service.drain()
             return admin_pb2.DrainResponse()
+
+        return await _answer(context, work)
+
+    async def Scale(self, request: admin_pb2.ScaleRequest, context: _AioContext) -> Any:
+        async def work() -> admin_pb2.ScaleResponse:
+            await self._service.scale(request.workers)
+            return admin_pb2.ScaleResponse()
 
         return await _answer(context, work)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Protocol
 
 from protos.spec import RunSpec
@@ -14,7 +14,7 @@ from protos.types import (
     Generation,
     JoinAnswer,
     JoinRequest,
-    LaneEndpoint,
+    LaneTable,
     OpenStream,
     PlanEvent,
     ReportAnswer,
@@ -37,8 +37,11 @@ class ControlService(Protocol):
             NotReady: no loader worker is enlisted yet within `request.timeout_s`.
         """
 
-    async def locate(self, generation: Generation) -> Sequence[LaneEndpoint]:
-        """Say who serves each lane now."""
+    async def locate(self, generation: Generation, *, unreachable: str) -> LaneTable:
+        """Say who serves each lane now.
+
+        `unreachable` is the endpoint whose stream broke, if that is why the rank asks, else empty.
+        """
 
     async def report(self, report: StepReport) -> ReportAnswer:
         """Record what a rank saw; idempotent by (generation, rank, step).
@@ -80,6 +83,14 @@ class AdminService(Protocol):
 
     async def drain(self) -> None:
         """Decide no more; tell the workers that the run is over."""
+
+    async def scale(self, workers: int) -> None:
+        """Want so many loader workers from now on; whoever manages them obeys.
+
+        Raises:
+            InvalidMessage: it is less than 1.
+            ConfigError: nobody manages the workers that are there.
+        """
 
 
 class DataService(Protocol):

@@ -18,6 +18,11 @@ class WorkerStatus:
     cache_bytes: int
     stall_s: float
     sequences_served: int
+    leaving: bool = False
+    """It is going, or has gone, because it was asked to."""
+
+    managed: bool = False
+    """It is started and ended by whoever obeys `headrace scale`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,3 +59,8 @@ class RunStatus:
     frozen: bool
     quarantines: tuple[Quarantine, ...]
     workers: tuple[WorkerStatus, ...]
+    wanted_workers: int = 0
+    """How many an operator, or whoever started the run, wants; 0: nobody has said."""
+
+    lanes_moved: int = 0
+    """Lanes that went from one worker to another since the controller started."""

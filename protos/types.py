@@ -194,6 +194,20 @@ class JoinAnswer:
     cursor_steps: Mapping[Lane, Step]
     """The step before which each of `cursors` stands."""
 
+    lanes_version: int = 0
+    """Of `endpoints`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaneTable:
+    """Who serves each lane."""
+
+    version: int
+    """Grows whenever a lane is served elsewhere."""
+
+    endpoints: tuple[LaneEndpoint, ...]
+    """All lanes, in order; empty: some lane has nobody."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class StepReport:
@@ -249,6 +263,9 @@ class ReportAnswer:
     counted: bool
     """False: the report was known already, or came too late for its decision."""
 
+    lanes_version: int = 0
+    """A newer one than the rank knows says that lanes are served elsewhere."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerBeat:
@@ -275,6 +292,14 @@ class WorkerBeat:
 
     sequences_served: int = 0
     quarantines: tuple[Quarantine, ...] = ()
+    leaving: bool = False
+    """It wants to go: its lanes shall be given to others."""
+
+    managed: bool = False
+    """It is started and ended by whoever obeys `AdminService.scale`."""
+
+    starting: bool = False
+    """It cannot serve yet: it shall be given no lanes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,6 +30,7 @@ from deploy.dataset import ensure_index
 from deploy.history import Delivery, read_deliveries
 from deploy.runfile import RUN_FILE
 from deploy.training import RECEIVED
+from loader_workers.worker import DRAIN_S
 from protos.client import AdminClient
 from protos.status import RunStatus
 from tests.fakes_loader import write_token_shards
@@ -110,9 +111,12 @@ def _loop() -> asyncio.AbstractEventLoop:
 class WorkerProcess:
     """A `python -m loader_workers`."""
 
-    def __init__(self, address: str, worker_id: str, *, cache: Path, log: Path) -> None:
+    def __init__(
+        self, address: str, worker_id: str, *, cache: Path, log: Path, drain_s: float
+    ) -> None:
         self.worker_id = worker_id
         command = [sys.executable, "-m", "loader_workers", "--controller", address]
+        command += ["--drain-s", str(drain_s)]
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 [*command, "--cache", str(cache), "--worker-id", worker_id],
@@ -135,13 +139,20 @@ class ConsumedRun:
 
     out: Path
     address: str
+    drain_s: float
+    """How long a worker that gets SIGTERM serves on until its lanes are served elsewhere."""
+
     workers: dict[str, WorkerProcess] = field(default_factory=dict)
     sessions: list[trainer_client.Session] = field(default_factory=list)
 
     def add_worker(self, worker_id: str) -> None:
         """Start a worker; returns before it is ready."""
         self.workers[worker_id] = WorkerProcess(
-            self.address, worker_id, cache=self.out / "cache", log=self.out / f"{worker_id}.log"
+            self.address,
+            worker_id,
+            cache=self.out / "cache",
+            log=self.out / f"{worker_id}.log",
+            drain_s=self.drain_s,
         )
 
     def end_worker(self, worker_id: str, number: signal.Signals) -> int:
@@ -233,12 +244,14 @@ def made_up_steps(session: trainer_client.Session) -> Iterator[int]:
 
 
 @contextmanager
-def consumed_run(run_file: Path, *, num_workers: int = 1) -> Iterator[ConsumedRun]:
+def consumed_run(
+    run_file: Path, *, num_workers: int = 1, drain_s: float = DRAIN_S
+) -> Iterator[ConsumedRun]:
     """Serve a run with so many worker processes; at the end nothing of it is left."""
     torch.set_num_threads(1)
     config = load_run_file(run_file)
     with ExitStack() as stack:
-        run = ConsumedRun(config.out, stack.enter_context(_controller(run_file)))
+        run = ConsumedRun(config.out, stack.enter_context(_controller(run_file)), drain_s)
         stack.callback(_end_all, run)
         for number in range(num_workers):
             run.add_worker(f"w{number}")

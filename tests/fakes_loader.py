@@ -35,7 +35,7 @@ from protos.types import (
     Generation,
     JoinAnswer,
     JoinRequest,
-    LaneEndpoint,
+    LaneTable,
     Mixture,
     Plan,
     PlanEvent,
@@ -263,8 +263,8 @@ class ScriptedController:
     async def join(self, request: JoinRequest) -> JoinAnswer:
         raise NotReady("this controller takes no ranks")
 
-    async def locate(self, generation: Generation) -> Sequence[LaneEndpoint]:
-        return ()
+    async def locate(self, generation: Generation, *, unreachable: str) -> LaneTable:
+        return LaneTable(version=1, endpoints=())
 
     async def report(self, report: StepReport) -> ReportAnswer:
         raise NotReady("this controller takes no reports")
@@ -289,6 +289,9 @@ class _NoAdmin:
         raise NotReady("this controller decides nothing")
 
     async def drain(self) -> None:
+        raise NotReady("this controller decides nothing")
+
+    async def scale(self, workers: int) -> None:
         raise NotReady("this controller decides nothing")
 
 

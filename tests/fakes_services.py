@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 
 from protos.errors import Disagreement, StaleGeneration, UnknownDomain
@@ -19,7 +19,7 @@ from protos.types import (
     Generation,
     JoinAnswer,
     JoinRequest,
-    LaneEndpoint,
+    LaneTable,
     OpenStream,
     PlanEvent,
     Rank,
@@ -30,6 +30,8 @@ from protos.types import (
 )
 from tests.property.test_codec import ANSWER, ENDPOINT, PLAN, SPEC, STATUS, _batch
 
+TABLE = LaneTable(version=3, endpoints=(ENDPOINT,))
+
 
 class ScriptedController:
     """Answers as told; keeps what it was asked."""
@@ -39,14 +41,17 @@ class ScriptedController:
         self.reports: list[StepReport] = []
         self.watchers_gone = threading.Event()
         self.fail_with: Exception | None = None
+        self.unreachable: list[str] = []
+        self.wanted_workers = 0
 
     async def join(self, request: JoinRequest) -> JoinAnswer:
         if request.rank == Rank(0):
             raise Disagreement("rank 0 says 8, rank 1 says 4")
         return ANSWER
 
-    async def locate(self, generation: Generation) -> Sequence[LaneEndpoint]:
-        return [ENDPOINT]
+    async def locate(self, generation: Generation, *, unreachable: str) -> LaneTable:
+        self.unreachable.append(unreachable)
+        return TABLE
 
     async def report(self, report: StepReport) -> ReportAnswer:
         if self.fail_with is not None:
@@ -83,6 +88,9 @@ class ScriptedController:
         return "/snapshots/7"
 
     async def drain(self) -> None: ...
+
+    async def scale(self, workers: int) -> None:
+        self.wanted_workers = workers
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from protos.types import (
     Lane,
     LaneBatch,
     LaneEndpoint,
+    LaneTable,
     OpenStream,
     PlanEvent,
     ReportAnswer,
@@ -204,6 +205,10 @@ class FakeController:
         self.endpoints = list(endpoints)
         """One a lane."""
 
+        self.lanes_version = 1
+        self.unreachable: list[str] = []
+        """What ranks said when they asked who serves their lanes."""
+
         self.requests: list[JoinRequest] = []
         self.reports: list[StepReport] = []
         self.reported = threading.Condition()
@@ -242,6 +247,7 @@ class FakeController:
             endpoints=self._located(),
             cursors=cursors,
             cursor_steps=dict.fromkeys(cursors, Step(stands)),
+            lanes_version=self.lanes_version,
         )
 
     def _located(self) -> tuple[LaneEndpoint, ...]:
@@ -250,8 +256,9 @@ class FakeController:
             for lane, endpoint in enumerate(self.endpoints)
         )
 
-    async def locate(self, generation: Generation) -> Sequence[LaneEndpoint]:
-        return self._located()
+    async def locate(self, generation: Generation, *, unreachable: str) -> LaneTable:
+        self.unreachable.append(unreachable)
+        return LaneTable(version=self.lanes_version, endpoints=self._located())
 
     async def report(self, report: StepReport) -> ReportAnswer:
         if self.hang_reports:
@@ -261,7 +268,12 @@ class FakeController:
         with self.reported:
             self.reports.append(report)
             self.reported.notify_all()
-        return ReportAnswer(plan_version=0, sealed_through=report.step + 2, counted=True)
+        return ReportAnswer(
+            plan_version=0,
+            sealed_through=report.step + 2,
+            counted=True,
+            lanes_version=self.lanes_version,
+        )
 
     async def watch_plans(self, worker_id: str) -> AsyncIterator[PlanEvent]:
         no_events: tuple[PlanEvent, ...] = ()
@@ -287,6 +299,8 @@ class FakeController:
         raise NotImplementedError
 
     async def drain(self) -> None: ...
+
+    async def scale(self, workers: int) -> None: ...
 
 
 @contextmanager

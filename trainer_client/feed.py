@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -13,14 +15,30 @@ from numpy.typing import NDArray
 
 from protos.client import ControlClient
 from protos.documents import DocumentStarts
-from protos.errors import NotReady, Retryable, WorkerUnreachable
-from protos.types import Cursors, Lane, LaneBatch, Step, StepBatch
+from protos.errors import (
+    HeadraceError,
+    NotAuthenticated,
+    NotReady,
+    Retryable,
+    WorkerUnreachable,
+)
+from protos.types import Cursors, Lane, LaneBatch, LaneEndpoint, LaneTable, Step, StepBatch
 from trainer_client.joining import Membership
 from trainer_client.lane_stream import LaneStream, group_lanes
 from trainer_client.step_buffer import StepBuffer
 
+logger = logging.getLogger(__name__)
+
 _LOOK_AGAIN_S = 3.0
 """A trainer that waits asks this often whether its lanes have moved to another worker."""
+
+_LEAD_S = 0.5
+"""A worker that lanes move to hears of it so long before it must deliver, to open its windows."""
+
+_MOST_LEAD_STEPS = 256
+_ASK_TIMEOUT_S = 1.0
+_PACE_WEIGHT = 0.2
+"""Of the newest step in the running mean of the time that steps take."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -47,7 +65,12 @@ class DeliveredStep:
 
 
 class Feed:
-    """Streams the batches of a membership; `take` gives them to the trainer, step by step."""
+    """Streams the batches of a membership; `take` gives them to the trainer, step by step.
+
+    Each lane belongs to one stream that serves it to the end. When lanes move to another worker,
+    that stream's end is brought forward to a step that has not been granted yet, and another one
+    is opened for the steps from there on, while the old one still serves what comes before.
+    """
 
     def __init__(
         self,
@@ -65,6 +88,9 @@ class Feed:
         self._lock = threading.Lock()
         self._streams: list[LaneStream] = []
         self._closed = False
+        self._lanes_version = member.lanes_version
+        self._taken_s = math.nan
+        self._pace_s = math.nan
         self._buffer = StepBuffer(
             spec=member.spec,
             slots=member.slots,
@@ -74,26 +100,103 @@ class Feed:
             cursor_steps=member.cursor_steps,
             documents=documents,
         )
-        for endpoint, lanes in group_lanes(member.lanes, list(member.endpoints.values())):
-            self._start(lanes, endpoint)
-
-    def _start(self, lanes: Sequence[Lane], endpoint: str) -> None:
-        stream = LaneStream(
-            lanes=lanes,
-            endpoint=endpoint,
-            member=self._member,
-            control=self._control,
-            buffer=self._buffer,
-            prefetch_steps=self._prefetch_steps,
-            documents=self._documents,
-            split=self._start,
-        )
         with self._lock:
-            if self._closed:
-                return
+            self._start(
+                member.lanes,
+                list(member.endpoints.values()),
+                range(member.first_step, member.spec.num_steps),
+            )
+
+    def _start(
+        self, lanes: Sequence[Lane], endpoints: Sequence[LaneEndpoint], steps: range
+    ) -> None:
+        """Stream some lanes from the workers that serve them; `_lock` is held."""
+        if self._closed:
+            return
+        for endpoint, group in group_lanes(lanes, endpoints):
+            stream = LaneStream(
+                lanes=group,
+                endpoint=endpoint,
+                steps=steps,
+                member=self._member,
+                buffer=self._buffer,
+                prefetch_steps=self._prefetch_steps,
+                documents=self._documents,
+                relocate=self._relocate,
+            )
             stream.tell(consumed_through=self._consumed_through)
             self._streams.append(stream)
             stream.start()
+
+    def _relocate(self, stream: LaneStream) -> None:
+        """Find out where a stream that broke goes on; called on its own thread."""
+        try:
+            table = self._control.locate(self._member.generation, unreachable=stream.endpoint)
+        except (Retryable, NotAuthenticated) as error:
+            # The controller is away, or has renewed its token first; the worker may come back at
+            # its old address.
+            logger.info("cannot ask who serves lanes %s: %s", stream.lanes, error)
+            return
+        groups = group_lanes(stream.lanes, table.endpoints)
+        with self._lock:
+            if len(groups) == 1:
+                stream.endpoint = groups[0][0]
+            elif groups:
+                steps = range(stream.next_step, stream.steps.stop)
+                stream.stop()
+                self._start(stream.lanes, table.endpoints, steps)
+
+    def hear_lanes(self, version: int) -> None:
+        """Follow lanes that have moved, if this version of their table is not known yet.
+
+        Asks the controller; to be called on a thread that training does not wait for.
+        """
+        if version == self._lanes_version:
+            return
+        try:
+            table = self._control.locate(self._member.generation, timeout_s=_ASK_TIMEOUT_S)
+        except HeadraceError as error:
+            # The next report brings the version again; a stream that breaks asks for itself.
+            logger.debug("cannot ask where lanes have moved to: %s", error)
+            return
+        self._hand_over(table)
+
+    def _hand_over(self, table: LaneTable) -> None:
+        """Have lanes that are served elsewhere come from there, from a step ahead on."""
+        with self._lock:
+            self._lanes_version = table.version
+            self._streams = [stream for stream in self._streams if not stream.is_over()]
+            num_steps = self._member.spec.num_steps
+            wanted = group_lanes(self._member.lanes, table.endpoints)
+            staying = [(endpoint, tuple(lanes)) for endpoint, lanes in wanted]
+            moving = [
+                stream
+                for stream in self._streams
+                if stream.steps.stop == num_steps and (stream.endpoint, stream.lanes) not in staying
+            ]
+            if not moving or not wanted:
+                return
+            granted = self._consumed_through + self._prefetch_steps
+            first = max(granted, self._consumed_through + self._lead_steps()) + 1
+            first = Step(max(first, *(stream.steps.start for stream in moving)))
+            if first >= num_steps:
+                return
+            lanes = [lane for stream in moving for lane in stream.lanes]
+            logger.info(
+                "lanes %s come from other workers from step %d on rank=%d",
+                lanes,
+                first,
+                self._member.rank,
+            )
+            for stream in moving:
+                stream.end_at(first)
+            self._start(lanes, table.endpoints, range(first, num_steps))
+
+    def _lead_steps(self) -> int:
+        """Return how many steps take about `_LEAD_S`; 1 before any pace is known."""
+        if math.isnan(self._pace_s):
+            return 1
+        return min(max(math.ceil(_LEAD_S / max(self._pace_s, 1e-6)), 1), _MOST_LEAD_STEPS)
 
     def has(self, step: Step) -> bool:
         """Tell whether `take` would not wait."""
@@ -109,8 +212,14 @@ class Feed:
         """
         self._wait_for(step)
         parts = self._buffer.take(step)
+        now = time.monotonic()
         with self._lock:
             self._consumed_through = step
+            if not math.isnan(self._taken_s):
+                newest = now - self._taken_s
+                before = newest if math.isnan(self._pace_s) else self._pace_s
+                self._pace_s = before + _PACE_WEIGHT * (newest - before)
+            self._taken_s = now
             for stream in self._streams:
                 stream.tell(consumed_through=step)
         return assemble(parts, self._member.slots)
@@ -122,25 +231,26 @@ class Feed:
             missing = self._buffer.missing(step)
             with self._lock:
                 for stream in self._streams:
-                    if missing and not set(missing).isdisjoint(stream.lanes):
+                    if _misses(stream, step, missing):
                         stream.tell(consumed_through=self._consumed_through, needed_step=int(step))
             left_s = deadline - time.monotonic()
             if self._buffer.wait(step, timeout_s=min(max(left_s, 0.0), _LOOK_AGAIN_S)):
                 return
             if left_s <= 0:
                 self._raise_late(step, timeout_s)
-            self._follow_moved_lanes()
+            self._leave_hanging_workers(step)
 
-    def _follow_moved_lanes(self) -> None:
+    def _leave_hanging_workers(self, step: Step) -> None:
         # A worker that hangs breaks no stream; the controller notices and gives its lanes away.
         try:
-            endpoints = self._control.locate(self._member.generation, timeout_s=1.0)
+            table = self._control.locate(self._member.generation, timeout_s=_ASK_TIMEOUT_S)
         except Retryable:
             return
-        served_by = {endpoint.lane: endpoint.endpoint for endpoint in endpoints}
+        served_by = {endpoint.lane: endpoint.endpoint for endpoint in table.endpoints}
+        missing = self._buffer.missing(step)
         with self._lock:
             for stream in self._streams:
-                if any(
+                if _misses(stream, step, missing) and any(
                     served_by.get(lane, stream.endpoint) != stream.endpoint for lane in stream.lanes
                 ):
                     stream.reopen()
@@ -149,11 +259,11 @@ class Feed:
         missing = self._buffer.missing(step)
         late = f"step {step} did not come to rank {self._member.rank} within {timeout_s:g} s"
         with self._lock:
-            behind = [each for each in self._streams if not set(missing).isdisjoint(each.lanes)]
+            behind = [each for each in self._streams if _misses(each, step, missing)]
         for stream in behind:
             if stream.cause is not None:
                 raise WorkerUnreachable(
-                    f"{late}, lanes {stream.lanes} are missing: {stream.cause}"
+                    f"{late}, lanes {list(stream.lanes)} are missing: {stream.cause}"
                 ) from stream.cause
         workers = ", ".join(sorted({stream.endpoint for stream in behind}))
         raise NotReady(
@@ -172,6 +282,11 @@ class Feed:
         deadline = time.monotonic() + timeout_s
         for stream in streams:
             stream.join(max(deadline - time.monotonic(), 0.0))
+
+
+def _misses(stream: LaneStream, step: Step, missing: Sequence[Lane]) -> bool:
+    """Tell whether a stream still owes its part of a step."""
+    return step in stream.steps and not set(missing).isdisjoint(stream.lanes)
 
 
 def assemble(parts: dict[Lane, tuple[StepBatch, LaneBatch]], slots: range) -> DeliveredStep:

@@ -57,6 +57,8 @@ class Membership:
 
     cursor_steps: dict[Lane, Step]
     security: Security
+    lanes_version: int = 0
+    """Of `endpoints`; see `ReportAnswer.lanes_version`."""
 
     @property
     def slots(self) -> range:
@@ -129,6 +131,7 @@ def _membership(wanted: Wanted, answer: JoinAnswer) -> Membership:
         cursors=dict(answer.cursors),
         cursor_steps=dict(answer.cursor_steps),
         security=wanted.security,
+        lanes_version=answer.lanes_version,
     )
     for lane in member.lanes:
         if lane not in member.endpoints or lane not in member.cursors:

@@ -1,4 +1,4 @@
-"""One stream of some lanes' batches, kept going over breaks and moves to other workers."""
+"""One stream of some lanes' batches over a range of steps, kept going over breaks."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from protos.client import ControlClient, DataClient, Stream
+from protos.client import DataClient, Stream
 from protos.errors import NotAuthenticated, Retryable, WorkerUnreachable
 from protos.retry import Retry
-from protos.types import Credit, Lane, LaneEndpoint, OpenStream, StepBatch
+from protos.types import Credit, Lane, LaneEndpoint, OpenStream, Step, StepBatch
 from trainer_client.joining import Membership
 from trainer_client.step_buffer import StepBuffer
 
 logger = logging.getLogger(__name__)
 
 _RETRY = Retry(first_wait_s=0.05, max_wait_s=1.0)
+_TURN_SLICE_S = 0.5
 
 
 class _Credits:
@@ -41,11 +42,10 @@ class _Credits:
 
 
 class LaneStream(threading.Thread):
-    """Fills the buffer with the steps of lanes that one worker serves.
+    """Fills the buffer with the steps [first_step, end_step) of lanes that one worker serves.
 
-    When the stream breaks it asks who serves the lanes now and opens it again from the next step
-    that the buffer does not hold. Lanes that then lie with different workers part: this stream
-    keeps those of one worker, `split` gets the others.
+    When the stream breaks, `relocate` says where it goes on, or puts other streams in its place;
+    then it is opened again from the next step that the buffer does not hold.
     """
 
     def __init__(
@@ -53,42 +53,63 @@ class LaneStream(threading.Thread):
         *,
         lanes: Sequence[Lane],
         endpoint: str,
+        steps: range,
         member: Membership,
-        control: ControlClient,
         buffer: StepBuffer,
         prefetch_steps: int,
         documents: bool,
-        split: Callable[[Sequence[Lane], str], None],
+        relocate: Callable[[LaneStream], None],
     ) -> None:
         super().__init__(name=f"headrace-lanes-{lanes[0]}-{lanes[-1]}", daemon=True)
-        self.lanes = list(lanes)
+        self.lanes = tuple(lanes)
         self.endpoint = endpoint
         self.cause: Retryable | None = None
         """Why the stream does not run at the moment; None: it runs."""
 
+        self.steps = steps
+        """What it serves; `end_at` brings the end forward."""
+
         self._member = member
-        self._control = control
         self._buffer = buffer
         self._prefetch_steps = prefetch_steps
         self._documents = documents
-        self._split = split
+        self._relocate = relocate
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._credits = _Credits()
-        self._granted_through = member.first_step - 1
+        self._granted_through = steps.start - 1
         self._consumed_through = member.first_step - 1
         self._needed_step = -1
         self._stream: Stream[StepBatch] | None = None
+
+    @property
+    def next_step(self) -> Step:
+        """The step that this stream delivers next."""
+        return Step(max(self.steps.start, self._buffer.next_step(self.lanes[0])))
+
+    def is_over(self) -> bool:
+        """Whether it delivers nothing more: its steps are there, or it was stopped."""
+        return self._stopping.is_set() or self.next_step >= self.steps.stop
 
     def tell(self, *, consumed_through: int, needed_step: int = -1) -> None:
         """Say what the trainer consumed, and which step it waits for (-1: none)."""
         with self._lock:
             self._consumed_through = consumed_through
-            more = consumed_through + self._prefetch_steps - self._granted_through
+            more = self._last_granted() - self._granted_through
             if more > 0 or needed_step != self._needed_step:
                 self._needed_step = needed_step
                 self._granted_through += max(more, 0)
                 self._credits.put(Credit(steps=max(more, 0), needed_step=needed_step))
+
+    def _last_granted(self) -> int:
+        """Return the last step that may be sent now; `_lock` is held."""
+        return min(self._consumed_through + self._prefetch_steps, self.steps.stop - 1)
+
+    def end_at(self, step: Step) -> None:
+        """Serve no step from `step` on, none of which has been granted yet."""
+        with self._lock:
+            assert self._granted_through < max(step, self.steps.start)
+            self.steps = range(self.steps.start, min(self.steps.stop, step))
 
     def reopen(self) -> None:
         """Break the stream, so that it asks again who serves its lanes."""
@@ -102,7 +123,7 @@ class LaneStream(threading.Thread):
         self.reopen()
 
     def run(self) -> None:
-        """Stream until the run's last step, `stop`, or an error that trying again cannot mend."""
+        """Stream until the last step, `stop`, or an error that trying again cannot mend."""
         try:
             self._keep_streaming()
         except Exception as error:
@@ -111,8 +132,8 @@ class LaneStream(threading.Thread):
 
     def _keep_streaming(self) -> None:
         num_tries = 0
-        while not self._done():
-            before = self._buffer.next_step(self.lanes[0])
+        while not self.is_over():
+            before = self.next_step
             try:
                 self._stream_once()
                 cause: Retryable = WorkerUnreachable(f"{self.endpoint} ended the stream")
@@ -121,10 +142,9 @@ class LaneStream(threading.Thread):
             except NotAuthenticated as error:
                 # The worker took this token before: it was renewed there first.
                 cause = WorkerUnreachable(f"{self.endpoint} lets nobody in: {error}")
-            if self._done():
+            if self.is_over():
                 return
-            next_step = self._buffer.next_step(self.lanes[0])
-            num_tries = 1 if next_step > before else num_tries + 1
+            num_tries = 1 if self.next_step > before else num_tries + 1
             self.cause = cause
             # A worker that stays away is said once, not at every try.
             logger.log(
@@ -132,18 +152,12 @@ class LaneStream(threading.Thread):
                 "stream of lanes %s broke rank=%d step=%d: %s",
                 self.lanes,
                 self._member.rank,
-                next_step,
+                self.next_step,
                 cause,
             )
             self._stopping.wait(_RETRY.wait_s(num_tries))
-            if not self._done():
-                self._find_workers()
-
-    def _done(self) -> bool:
-        return (
-            self._stopping.is_set()
-            or self._buffer.next_step(self.lanes[0]) >= self._member.spec.num_steps
-        )
+            if not self.is_over():
+                self._relocate(self)
 
     def _stream_once(self) -> None:
         spec = self._member.spec
@@ -160,10 +174,12 @@ class LaneStream(threading.Thread):
                 self._stream = stream
             if self._stopping.is_set():
                 return
-            for batch in stream:
+            for number, batch in enumerate(stream):
+                if number == 0 and not self._wait_turn():
+                    return
                 self._buffer.put(batch, self.lanes)
                 self.cause = None
-                if self._done():
+                if self.is_over():
                     return
         finally:
             with self._lock:
@@ -173,12 +189,19 @@ class LaneStream(threading.Thread):
             credits.end()
             client.close()
 
+    def _wait_turn(self) -> bool:
+        """Wait for the worker that serves the lanes up to this stream's start; False: stopped."""
+        while not self._stopping.is_set():
+            if self._buffer.wait_turn(self.lanes, self.steps.start, timeout_s=_TURN_SLICE_S):
+                return True
+        return False
+
     def _open(self) -> tuple[OpenStream, _Credits]:
         member = self._member
+        from_step = self.next_step
         places = {lane: self._buffer.place(lane) for lane in self.lanes}
-        from_step = self._buffer.next_step(self.lanes[0])
         with self._lock:
-            self._granted_through = self._consumed_through + self._prefetch_steps
+            self._granted_through = max(self._last_granted(), from_step - 1)
             opening = OpenStream(
                 run_id=member.spec.run_id,
                 generation=member.generation,
@@ -188,31 +211,13 @@ class LaneStream(threading.Thread):
                 end_slot=member.slots.stop,
                 cursors={lane: cursor for lane, (cursor, _) in places.items()},
                 cursor_steps={lane: step for lane, (_, step) in places.items()},
-                credits=max(self._granted_through + 1 - from_step, 0),
+                credits=self._granted_through + 1 - from_step,
                 documents=self._documents,
             )
             self._credits = _Credits()
             if self._needed_step >= from_step:
                 self._credits.put(Credit(needed_step=self._needed_step))
             return opening, self._credits
-
-    def _find_workers(self) -> None:
-        try:
-            endpoints = self._control.locate(self._member.generation)
-        except (Retryable, NotAuthenticated) as error:
-            # The controller is away, or has renewed its token first; the worker may come back at
-            # its old address.
-            logger.info("cannot ask who serves lanes %s: %s", self.lanes, error)
-            return
-        groups = group_lanes(self.lanes, endpoints)
-        if not groups:
-            return
-        (endpoint, mine), *others = groups
-        unserved = [lane for lane in self.lanes if all(lane not in group for _, group in groups)]
-        with self._lock:
-            self.endpoint, self.lanes = endpoint, sorted([*mine, *unserved])
-        for other_endpoint, lanes in others:
-            self._split(lanes, other_endpoint)
 
 
 def group_lanes(

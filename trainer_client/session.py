@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -16,7 +16,7 @@ from torch import nn
 
 from protos.security import Security
 from protos.spec import BEST_FIT, RunSpec
-from protos.types import Cursors, Generation, Step, StepReport
+from protos.types import Cursors, Generation, ReportAnswer, Step, StepReport
 from trainer_client.batches import Batch, StagedStep, Stager, arrive, split
 from trainer_client.checkpoint import pack_state, unpack_state
 from trainer_client.delivery_log import DeliveryLog
@@ -119,9 +119,7 @@ class Session(StepRecorder):
         """Seconds in which training waited for data, in all."""
 
         self._join(resume)
-        self._reporter = Reporter(
-            lambda reports, timeout_s: control.report_steps(reports, timeout_s=timeout_s)
-        )
+        self._reporter = Reporter(self._send)
         self._step_began = time.perf_counter()
         atexit.register(self.close)
 
@@ -305,6 +303,13 @@ class Session(StepRecorder):
         self._cursors = staged.delivered.cursors
         self._next_step = Step(self._next_step + 1)
         self._staged, self._all_yielded = None, False
+
+    def _send(self, reports: Sequence[StepReport], timeout_s: float) -> ReportAnswer:
+        """Send reports, on the reporter's thread, and follow lanes that have moved since."""
+        answer = self._control.report_steps(reports, timeout_s=timeout_s)
+        if self._feed is not None:
+            self._feed.hear_lanes(answer.lanes_version)
+        return answer
 
     def _report(self, staged: StagedStep) -> StepReport:
         now = time.perf_counter()

@@ -17,6 +17,7 @@ class StepBuffer:
 
     caller        call   waits for                    woken by
     lane stream   put    never; credits bound it      -
+    lane stream   turn   its lanes' step before        put, fail, close, timeout
     trainer       wait   every lane's part of a step  put, fail, close, timeout
 
     What lies here was delivered, so this is where a stream that broke goes on from.
@@ -53,6 +54,22 @@ class StepBuffer:
         """Return the lane's cursor after what it delivered, and the step before which it stands."""
         with self._changed:
             return self._cursors[lane], self._cursor_steps[lane]
+
+    def wait_turn(self, lanes: Sequence[Lane], step: int, *, timeout_s: float) -> bool:
+        """Wait until the lanes have delivered all before `step`, or nothing more is taken.
+
+        A lane that moves to another worker is served by both for a moment: the old one up to some
+        step, the new one from there on, which may be ready first.
+        """
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: (
+                    self._closed
+                    or self._error is not None
+                    or all(self._next_steps[lane] >= step for lane in lanes)
+                ),
+                timeout_s,
+            )
 
     def put(self, batch: StepBatch, lanes: Sequence[Lane]) -> None:
         """Add one stream's part of a step: all of its lanes or none.

@@ -45,12 +45,16 @@ class WorkerStatus(_message.Message):
     CACHE_BYTES_FIELD_NUMBER: _builtins.int
     STALL_S_FIELD_NUMBER: _builtins.int
     SEQUENCES_SERVED_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
+    MANAGED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     endpoint: _builtins.str
     alive: _builtins.bool
     cache_bytes: _builtins.int
     stall_s: _builtins.float
     sequences_served: _builtins.int
+    leaving: _builtins.bool
+    managed: _builtins.bool
     @_builtins.property
     def lanes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -63,10 +67,12 @@ class WorkerStatus(_message.Message):
         cache_bytes: _builtins.int = ...,
         stall_s: _builtins.float = ...,
         sequences_served: _builtins.int = ...,
+        leaving: _builtins.bool = ...,
+        managed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "cache_bytes", b"cache_bytes", "endpoint", b"endpoint", "lanes", b"lanes", "sequences_served", b"sequences_served", "stall_s", b"stall_s", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "cache_bytes", b"cache_bytes", "endpoint", b"endpoint", "lanes", b"lanes", "leaving", b"leaving", "managed", b"managed", "sequences_served", b"sequences_served", "stall_s", b"stall_s", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -100,6 +106,8 @@ class StatusResponse(_message.Message):
     DECISION_MS_P50_FIELD_NUMBER: _builtins.int
     DECISION_MS_P99_FIELD_NUMBER: _builtins.int
     POLICY_PHASE_FIELD_NUMBER: _builtins.int
+    WANTED_WORKERS_FIELD_NUMBER: _builtins.int
+    LANES_MOVED_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     policy: _builtins.str
     phase: _builtins.str
@@ -120,6 +128,10 @@ class StatusResponse(_message.Message):
     decision_ms_p50: _builtins.float
     decision_ms_p99: _builtins.float
     policy_phase: _builtins.str
+    wanted_workers: _builtins.int
+    """0: nobody has said"""
+    lanes_moved: _builtins.int
+    """from one worker to another, since the controller started"""
     @_builtins.property
     def domains(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -159,10 +171,12 @@ class StatusResponse(_message.Message):
         decision_ms_p50: _builtins.float = ...,
         decision_ms_p99: _builtins.float = ...,
         policy_phase: _builtins.str = ...,
+        wanted_workers: _builtins.int = ...,
+        lanes_moved: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mixture", b"mixture"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_wait_share", b"data_wait_share", "decision_ms_p50", b"decision_ms_p50", "decision_ms_p99", b"decision_ms_p99", "degraded_steps", b"degraded_steps", "domains", b"domains", "frozen", b"frozen", "generation", b"generation", "held_decisions", b"held_decisions", "loss", b"loss", "missing_reports", b"missing_reports", "mixture", b"mixture", "num_steps", b"num_steps", "observed_step", b"observed_step", "phase", b"phase", "plan_version", b"plan_version", "policy", b"policy", "policy_phase", b"policy_phase", "quarantines", b"quarantines", "run_id", b"run_id", "sealed_through", b"sealed_through", "tokens", b"tokens", "tokens_per_s", b"tokens_per_s", "workers", b"workers", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_wait_share", b"data_wait_share", "decision_ms_p50", b"decision_ms_p50", "decision_ms_p99", b"decision_ms_p99", "degraded_steps", b"degraded_steps", "domains", b"domains", "frozen", b"frozen", "generation", b"generation", "held_decisions", b"held_decisions", "lanes_moved", b"lanes_moved", "loss", b"loss", "missing_reports", b"missing_reports", "mixture", b"mixture", "num_steps", b"num_steps", "observed_step", b"observed_step", "phase", b"phase", "plan_version", b"plan_version", "policy", b"policy", "policy_phase", b"policy_phase", "quarantines", b"quarantines", "run_id", b"run_id", "sealed_through", b"sealed_through", "tokens", b"tokens", "tokens_per_s", b"tokens_per_s", "wanted_workers", b"wanted_workers", "workers", b"workers", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -350,3 +364,37 @@ class DrainResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
+
+@_typing.final
+class ScaleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKERS_FIELD_NUMBER: _builtins.int
+    workers: _builtins.int
+    def __init__(
+        self,
+        *,
+        workers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScaleRequest: _TypeAlias = ScaleRequest  # noqa: Y015
+
+@_typing.final
+class ScaleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScaleResponse: _TypeAlias = ScaleResponse  # noqa: Y015

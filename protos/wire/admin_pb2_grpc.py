@@ -64,6 +64,11 @@ class AdminStub(object):
                 request_serializer=protos_dot_wire_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=protos_dot_wire_dot_admin__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/headrace.v1.Admin/Scale',
+                request_serializer=protos_dot_wire_dot_admin__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=protos_dot_wire_dot_admin__pb2.ScaleResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -108,6 +113,13 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scale(self, request, context):
+        """So many loader workers are wanted from now on; whoever manages them sees it in Status. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -140,6 +152,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=protos_dot_wire_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=protos_dot_wire_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=protos_dot_wire_dot_admin__pb2.ScaleRequest.FromString,
+                    response_serializer=protos_dot_wire_dot_admin__pb2.ScaleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -304,6 +321,33 @@ class Admin(object):
             '/headrace.v1.Admin/Drain',
             protos_dot_wire_dot_admin__pb2.DrainRequest.SerializeToString,
             protos_dot_wire_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.v1.Admin/Scale',
+            protos_dot_wire_dot_admin__pb2.ScaleRequest.SerializeToString,
+            protos_dot_wire_dot_admin__pb2.ScaleResponse.FromString,
             options,
             channel_credentials,
             insecure,

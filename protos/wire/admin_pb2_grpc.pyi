@@ -40,6 +40,8 @@ class AdminStub:
     SnapshotPolicy: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SnapshotPolicyRequest, _admin_pb2.SnapshotPolicyResponse]
     Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]
     """No more decisions; workers are told that the run is over. Idempotent."""
+    Scale: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ScaleRequest, _admin_pb2.ScaleResponse]
+    """So many loader workers are wanted from now on; whoever manages them sees it in Status. Idempotent."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -53,6 +55,8 @@ class AdminAsyncStub(AdminStub):
     SnapshotPolicy: _aio.UnaryUnaryMultiCallable[_admin_pb2.SnapshotPolicyRequest, _admin_pb2.SnapshotPolicyResponse]  # type: ignore[assignment]
     Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]  # type: ignore[assignment]
     """No more decisions; workers are told that the run is over. Idempotent."""
+    Scale: _aio.UnaryUnaryMultiCallable[_admin_pb2.ScaleRequest, _admin_pb2.ScaleResponse]  # type: ignore[assignment]
+    """So many loader workers are wanted from now on; whoever manages them sees it in Status. Idempotent."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -99,5 +103,13 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.DrainResponse, _abc.Awaitable[_admin_pb2.DrainResponse]]:
         """No more decisions; workers are told that the run is over. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def Scale(
+        self,
+        request: _admin_pb2.ScaleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ScaleResponse, _abc.Awaitable[_admin_pb2.ScaleResponse]]:
+        """So many loader workers are wanted from now on; whoever manages them sees it in Status. Idempotent."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.wire import common_pb2 as protos_dot_wire_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19protos/wire/control.proto\x12\x0bheadrace.v1\x1a\x18protos/wire/common.proto\"\xbe\x01\n\x0bJoinRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x12\n\nworld_size\x18\x03 \x01(\r\x12\x12\n\nattempt_id\x18\x04 \x01(\t\x12\x18\n\x10global_sequences\x18\x05 \x01(\r\x12\x17\n\x0fsequence_length\x18\x06 \x01(\r\x12#\n\x06resume\x18\x07 \x01(\x0b\x32\x13.headrace.v1.Resume\x12\x11\n\ttimeout_s\x18\x08 \x01(\x01\"R\n\x06Resume\x12\x14\n\x0corder_sha256\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12$\n\x07\x63ursors\x18\x03 \x03(\x0b\x32\x13.headrace.v1.Cursor\"\xae\x01\n\x0cJoinResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\"\n\x04spec\x18\x02 \x01(\x0b\x32\x14.headrace.v1.RunSpec\x12\x12\n\nfirst_step\x18\x03 \x01(\x04\x12,\n\tendpoints\x18\x04 \x03(\x0b\x32\x19.headrace.v1.LaneEndpoint\x12$\n\x07\x63ursors\x18\x05 \x03(\x0b\x32\x13.headrace.v1.Cursor\"#\n\rLocateRequest\x12\x12\n\ngeneration\x18\x01 \x01(\x04\">\n\x0eLocateResponse\x12,\n\tendpoints\x18\x01 \x03(\x0b\x32\x19.headrace.v1.LaneEndpoint\"\xb0\x03\n\rReportRequest\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x14\n\x0cplan_version\x18\x04 \x01(\x04\x12\x11\n\tsequences\x18\x05 \x03(\x04\x12\x0e\n\x06tokens\x18\x06 \x03(\x04\x12\x10\n\x08loss_sum\x18\x07 \x03(\x01\x12\x16\n\x0e\x61lignment_part\x18\x08 \x01(\x0c\x12\x17\n\x0f\x61lignment_share\x18\t \x01(\x01\x12\x14\n\x0cweight_norms\x18\n \x03(\x01\x12\x14\n\x0cupdate_norms\x18\x0b \x03(\x01\x12\x0e\n\x06step_s\x18\x0c \x01(\x01\x12\x13\n\x0b\x64\x61ta_wait_s\x18\r \x01(\x01\x12\x0f\n\x07probe_s\x18\x0e \x01(\x01\x12\x10\n\x08\x64\x65graded\x18\x0f \x01(\x08\x12\x17\n\x0fvalidation_loss\x18\x14 \x03(\x01\x12\x12\n\nexcess_sum\x18\x15 \x03(\x01\x12\x19\n\x11part_square_norms\x18\x16 \x03(\x01\x12\x11\n\tnum_parts\x18\x17 \x03(\x04\x12$\n\x07\x63ursors\x18\x10 \x03(\x0b\x32\x13.headrace.v1.Cursor\"O\n\x0eReportResponse\x12\x14\n\x0cplan_version\x18\x01 \x01(\x04\x12\x16\n\x0esealed_through\x18\x02 \x01(\x12\x12\x0f\n\x07\x63ounted\x18\x03 \x01(\x08\"A\n\x12ReportStepsRequest\x12+\n\x07reports\x18\x01 \x03(\x0b\x32\x1a.headrace.v1.ReportRequest\"&\n\x11WatchPlansRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"q\n\x12WatchPlansResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12 \n\x05plans\x18\x02 \x03(\x0b\x32\x11.headrace.v1.Plan\x12\x16\n\x0esealed_through\x18\x03 \x01(\x12\x12\r\n\x05reset\x18\x04 \x01(\x08\"\xb2\x02\n\rEnlistRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x16\n\x0e\x63\x61pacity_lanes\x18\x04 \x01(\r\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x13\n\x0bneeded_step\x18\x06 \x01(\x12\x12\x18\n\x10\x63omposed_through\x18\x07 \x01(\x12\x12\x12\n\ngeneration\x18\x08 \x01(\x04\x12\x16\n\x0e\x64\x65graded_steps\x18\t \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\n \x01(\x04\x12\x0f\n\x07stall_s\x18\x0b \x01(\x01\x12\x18\n\x10sequences_served\x18\x0c \x01(\x04\x12,\n\x0bquarantines\x18\r \x03(\x0b\x32\x17.headrace.v1.Quarantine\"\x8b\x01\n\x0e\x45nlistResponse\x12$\n\x04spec\x18\x01 \x01(\x0b\x32\x14.headrace.v1.RunSpecH\x00\x12\'\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x16.headrace.v1.BlobChunkH\x00\x12!\n\x04\x62\x65\x61t\x18\x03 \x01(\x0b\x32\x11.headrace.v1.BeatH\x00\x42\x07\n\x05\x65vent\"L\n\tBlobChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\x15\n\x04\x42\x65\x61t\x12\r\n\x05\x64rain\x18\x01 \x01(\x08\x32\xb1\x03\n\x07\x43ontrol\x12;\n\x04Join\x12\x18.headrace.v1.JoinRequest\x1a\x19.headrace.v1.JoinResponse\x12\x41\n\x06Locate\x12\x1a.headrace.v1.LocateRequest\x1a\x1b.headrace.v1.LocateResponse\x12\x41\n\x06Report\x12\x1a.headrace.v1.ReportRequest\x1a\x1b.headrace.v1.ReportResponse\x12K\n\x0bReportSteps\x12\x1f.headrace.v1.ReportStepsRequest\x1a\x1b.headrace.v1.ReportResponse\x12O\n\nWatchPlans\x12\x1e.headrace.v1.WatchPlansRequest\x1a\x1f.headrace.v1.WatchPlansResponse0\x01\x12\x45\n\x06\x45nlist\x12\x1a.headrace.v1.EnlistRequest\x1a\x1b.headrace.v1.EnlistResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19protos/wire/control.proto\x12\x0bheadrace.v1\x1a\x18protos/wire/common.proto\"\xbe\x01\n\x0bJoinRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x12\n\nworld_size\x18\x03 \x01(\r\x12\x12\n\nattempt_id\x18\x04 \x01(\t\x12\x18\n\x10global_sequences\x18\x05 \x01(\r\x12\x17\n\x0fsequence_length\x18\x06 \x01(\r\x12#\n\x06resume\x18\x07 \x01(\x0b\x32\x13.headrace.v1.Resume\x12\x11\n\ttimeout_s\x18\x08 \x01(\x01\"R\n\x06Resume\x12\x14\n\x0corder_sha256\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12$\n\x07\x63ursors\x18\x03 \x03(\x0b\x32\x13.headrace.v1.Cursor\"\xc5\x01\n\x0cJoinResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\"\n\x04spec\x18\x02 \x01(\x0b\x32\x14.headrace.v1.RunSpec\x12\x12\n\nfirst_step\x18\x03 \x01(\x04\x12,\n\tendpoints\x18\x04 \x03(\x0b\x32\x19.headrace.v1.LaneEndpoint\x12$\n\x07\x63ursors\x18\x05 \x03(\x0b\x32\x13.headrace.v1.Cursor\x12\x15\n\rlanes_version\x18\x06 \x01(\x04\"8\n\rLocateRequest\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x13\n\x0bunreachable\x18\x02 \x01(\t\"U\n\x0eLocateResponse\x12,\n\tendpoints\x18\x01 \x03(\x0b\x32\x19.headrace.v1.LaneEndpoint\x12\x15\n\rlanes_version\x18\x02 \x01(\x04\"\xb0\x03\n\rReportRequest\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x14\n\x0cplan_version\x18\x04 \x01(\x04\x12\x11\n\tsequences\x18\x05 \x03(\x04\x12\x0e\n\x06tokens\x18\x06 \x03(\x04\x12\x10\n\x08loss_sum\x18\x07 \x03(\x01\x12\x16\n\x0e\x61lignment_part\x18\x08 \x01(\x0c\x12\x17\n\x0f\x61lignment_share\x18\t \x01(\x01\x12\x14\n\x0cweight_norms\x18\n \x03(\x01\x12\x14\n\x0cupdate_norms\x18\x0b \x03(\x01\x12\x0e\n\x06step_s\x18\x0c \x01(\x01\x12\x13\n\x0b\x64\x61ta_wait_s\x18\r \x01(\x01\x12\x0f\n\x07probe_s\x18\x0e \x01(\x01\x12\x10\n\x08\x64\x65graded\x18\x0f \x01(\x08\x12\x17\n\x0fvalidation_loss\x18\x14 \x03(\x01\x12\x12\n\nexcess_sum\x18\x15 \x03(\x01\x12\x19\n\x11part_square_norms\x18\x16 \x03(\x01\x12\x11\n\tnum_parts\x18\x17 \x03(\x04\x12$\n\x07\x63ursors\x18\x10 \x03(\x0b\x32\x13.headrace.v1.Cursor\"f\n\x0eReportResponse\x12\x14\n\x0cplan_version\x18\x01 \x01(\x04\x12\x16\n\x0esealed_through\x18\x02 \x01(\x12\x12\x0f\n\x07\x63ounted\x18\x03 \x01(\x08\x12\x15\n\rlanes_version\x18\x04 \x01(\x04\"A\n\x12ReportStepsRequest\x12+\n\x07reports\x18\x01 \x03(\x0b\x32\x1a.headrace.v1.ReportRequest\"&\n\x11WatchPlansRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"q\n\x12WatchPlansResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12 \n\x05plans\x18\x02 \x03(\x0b\x32\x11.headrace.v1.Plan\x12\x16\n\x0esealed_through\x18\x03 \x01(\x12\x12\r\n\x05reset\x18\x04 \x01(\x08\"\xe6\x02\n\rEnlistRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x16\n\x0e\x63\x61pacity_lanes\x18\x04 \x01(\r\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x13\n\x0bneeded_step\x18\x06 \x01(\x12\x12\x18\n\x10\x63omposed_through\x18\x07 \x01(\x12\x12\x12\n\ngeneration\x18\x08 \x01(\x04\x12\x16\n\x0e\x64\x65graded_steps\x18\t \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\n \x01(\x04\x12\x0f\n\x07stall_s\x18\x0b \x01(\x01\x12\x18\n\x10sequences_served\x18\x0c \x01(\x04\x12,\n\x0bquarantines\x18\r \x03(\x0b\x32\x17.headrace.v1.Quarantine\x12\x0f\n\x07leaving\x18\x0e \x01(\x08\x12\x0f\n\x07managed\x18\x0f \x01(\x08\x12\x10\n\x08starting\x18\x10 \x01(\x08\"\x8b\x01\n\x0e\x45nlistResponse\x12$\n\x04spec\x18\x01 \x01(\x0b\x32\x14.headrace.v1.RunSpecH\x00\x12\'\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x16.headrace.v1.BlobChunkH\x00\x12!\n\x04\x62\x65\x61t\x18\x03 \x01(\x0b\x32\x11.headrace.v1.BeatH\x00\x42\x07\n\x05\x65vent\"L\n\tBlobChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\x15\n\x04\x42\x65\x61t\x12\r\n\x05\x64rain\x18\x01 \x01(\x08\x32\xb1\x03\n\x07\x43ontrol\x12;\n\x04Join\x12\x18.headrace.v1.JoinRequest\x1a\x19.headrace.v1.JoinResponse\x12\x41\n\x06Locate\x12\x1a.headrace.v1.LocateRequest\x1a\x1b.headrace.v1.LocateResponse\x12\x41\n\x06Report\x12\x1a.headrace.v1.ReportRequest\x1a\x1b.headrace.v1.ReportResponse\x12K\n\x0bReportSteps\x12\x1f.headrace.v1.ReportStepsRequest\x1a\x1b.headrace.v1.ReportResponse\x12O\n\nWatchPlans\x12\x1e.headrace.v1.WatchPlansRequest\x1a\x1f.headrace.v1.WatchPlansResponse0\x01\x12\x45\n\x06\x45nlist\x12\x1a.headrace.v1.EnlistRequest\x1a\x1b.headrace.v1.EnlistResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,29 +37,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESUME']._serialized_start=261
   _globals['_RESUME']._serialized_end=343
   _globals['_JOINRESPONSE']._serialized_start=346
-  _globals['_JOINRESPONSE']._serialized_end=520
-  _globals['_LOCATEREQUEST']._serialized_start=522
-  _globals['_LOCATEREQUEST']._serialized_end=557
-  _globals['_LOCATERESPONSE']._serialized_start=559
-  _globals['_LOCATERESPONSE']._serialized_end=621
-  _globals['_REPORTREQUEST']._serialized_start=624
-  _globals['_REPORTREQUEST']._serialized_end=1056
-  _globals['_REPORTRESPONSE']._serialized_start=1058
-  _globals['_REPORTRESPONSE']._serialized_end=1137
-  _globals['_REPORTSTEPSREQUEST']._serialized_start=1139
-  _globals['_REPORTSTEPSREQUEST']._serialized_end=1204
-  _globals['_WATCHPLANSREQUEST']._serialized_start=1206
-  _globals['_WATCHPLANSREQUEST']._serialized_end=1244
-  _globals['_WATCHPLANSRESPONSE']._serialized_start=1246
-  _globals['_WATCHPLANSRESPONSE']._serialized_end=1359
-  _globals['_ENLISTREQUEST']._serialized_start=1362
-  _globals['_ENLISTREQUEST']._serialized_end=1668
-  _globals['_ENLISTRESPONSE']._serialized_start=1671
-  _globals['_ENLISTRESPONSE']._serialized_end=1810
-  _globals['_BLOBCHUNK']._serialized_start=1812
-  _globals['_BLOBCHUNK']._serialized_end=1888
-  _globals['_BEAT']._serialized_start=1890
-  _globals['_BEAT']._serialized_end=1911
-  _globals['_CONTROL']._serialized_start=1914
-  _globals['_CONTROL']._serialized_end=2347
+  _globals['_JOINRESPONSE']._serialized_end=543
+  _globals['_LOCATEREQUEST']._serialized_start=545
+  _globals['_LOCATEREQUEST']._serialized_end=601
+  _globals['_LOCATERESPONSE']._serialized_start=603
+  _globals['_LOCATERESPONSE']._serialized_end=688
+  _globals['_REPORTREQUEST']._serialized_start=691
+  _globals['_REPORTREQUEST']._serialized_end=1123
+  _globals['_REPORTRESPONSE']._serialized_start=1125
+  _globals['_REPORTRESPONSE']._serialized_end=1227
+  _globals['_REPORTSTEPSREQUEST']._serialized_start=1229
+  _globals['_REPORTSTEPSREQUEST']._serialized_end=1294
+  _globals['_WATCHPLANSREQUEST']._serialized_start=1296
+  _globals['_WATCHPLANSREQUEST']._serialized_end=1334
+  _globals['_WATCHPLANSRESPONSE']._serialized_start=1336
+  _globals['_WATCHPLANSRESPONSE']._serialized_end=1449
+  _globals['_ENLISTREQUEST']._serialized_start=1452
+  _globals['_ENLISTREQUEST']._serialized_end=1810
+  _globals['_ENLISTRESPONSE']._serialized_start=1813
+  _globals['_ENLISTRESPONSE']._serialized_end=1952
+  _globals['_BLOBCHUNK']._serialized_start=1954
+  _globals['_BLOBCHUNK']._serialized_end=2030
+  _globals['_BEAT']._serialized_start=2032
+  _globals['_BEAT']._serialized_end=2053
+  _globals['_CONTROL']._serialized_start=2056
+  _globals['_CONTROL']._serialized_end=2489
 # @@protoc_insertion_point(module_scope)

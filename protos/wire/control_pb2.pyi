@@ -101,8 +101,11 @@ class JoinResponse(_message.Message):
     FIRST_STEP_FIELD_NUMBER: _builtins.int
     ENDPOINTS_FIELD_NUMBER: _builtins.int
     CURSORS_FIELD_NUMBER: _builtins.int
+    LANES_VERSION_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     first_step: _builtins.int
+    lanes_version: _builtins.int
+    """of `endpoints`"""
     @_builtins.property
     def spec(self) -> _common_pb2.RunSpec: ...
     @_builtins.property
@@ -119,10 +122,11 @@ class JoinResponse(_message.Message):
         first_step: _builtins.int = ...,
         endpoints: _abc.Iterable[_common_pb2.LaneEndpoint] | None = ...,
         cursors: _abc.Iterable[_common_pb2.Cursor] | None = ...,
+        lanes_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursors", b"cursors", "endpoints", b"endpoints", "first_step", b"first_step", "generation", b"generation", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursors", b"cursors", "endpoints", b"endpoints", "first_step", b"first_step", "generation", b"generation", "lanes_version", b"lanes_version", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -133,15 +137,19 @@ class LocateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     GENERATION_FIELD_NUMBER: _builtins.int
+    UNREACHABLE_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
+    unreachable: _builtins.str
+    """the endpoint whose stream broke, if that is why the rank asks"""
     def __init__(
         self,
         *,
         generation: _builtins.int = ...,
+        unreachable: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "unreachable", b"unreachable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -152,16 +160,19 @@ class LocateResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ENDPOINTS_FIELD_NUMBER: _builtins.int
+    LANES_VERSION_FIELD_NUMBER: _builtins.int
+    lanes_version: _builtins.int
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.LaneEndpoint]: ...
     def __init__(
         self,
         *,
         endpoints: _abc.Iterable[_common_pb2.LaneEndpoint] | None = ...,
+        lanes_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "lanes_version", b"lanes_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -284,20 +295,24 @@ class ReportResponse(_message.Message):
     PLAN_VERSION_FIELD_NUMBER: _builtins.int
     SEALED_THROUGH_FIELD_NUMBER: _builtins.int
     COUNTED_FIELD_NUMBER: _builtins.int
+    LANES_VERSION_FIELD_NUMBER: _builtins.int
     plan_version: _builtins.int
     sealed_through: _builtins.int
     counted: _builtins.bool
     """false: a report was known already, or came too late for its decision"""
+    lanes_version: _builtins.int
+    """grows whenever some lane is served elsewhere: then ask Locate"""
     def __init__(
         self,
         *,
         plan_version: _builtins.int = ...,
         sealed_through: _builtins.int = ...,
         counted: _builtins.bool = ...,
+        lanes_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counted", b"counted", "plan_version", b"plan_version", "sealed_through", b"sealed_through"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counted", b"counted", "lanes_version", b"lanes_version", "plan_version", b"plan_version", "sealed_through", b"sealed_through"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -390,6 +405,9 @@ class EnlistRequest(_message.Message):
     STALL_S_FIELD_NUMBER: _builtins.int
     SEQUENCES_SERVED_FIELD_NUMBER: _builtins.int
     QUARANTINES_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
+    MANAGED_FIELD_NUMBER: _builtins.int
+    STARTING_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     worker_id: _builtins.str
     endpoint: _builtins.str
@@ -404,6 +422,12 @@ class EnlistRequest(_message.Message):
     cache_bytes: _builtins.int
     stall_s: _builtins.float
     sequences_served: _builtins.int
+    leaving: _builtins.bool
+    """it wants to go: give its lanes to others"""
+    managed: _builtins.bool
+    """started and ended by whoever obeys Admin.Scale"""
+    starting: _builtins.bool
+    """it cannot serve yet: give it no lanes"""
     @_builtins.property
     def quarantines(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Quarantine]: ...
     def __init__(
@@ -422,10 +446,13 @@ class EnlistRequest(_message.Message):
         stall_s: _builtins.float = ...,
         sequences_served: _builtins.int = ...,
         quarantines: _abc.Iterable[_common_pb2.Quarantine] | None = ...,
+        leaving: _builtins.bool = ...,
+        managed: _builtins.bool = ...,
+        starting: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "capacity_lanes", b"capacity_lanes", "composed_through", b"composed_through", "degraded_steps", b"degraded_steps", "endpoint", b"endpoint", "generation", b"generation", "needed_step", b"needed_step", "pid", b"pid", "quarantines", b"quarantines", "run_id", b"run_id", "sequences_served", b"sequences_served", "stall_s", b"stall_s", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "capacity_lanes", b"capacity_lanes", "composed_through", b"composed_through", "degraded_steps", b"degraded_steps", "endpoint", b"endpoint", "generation", b"generation", "leaving", b"leaving", "managed", b"managed", "needed_step", b"needed_step", "pid", b"pid", "quarantines", b"quarantines", "run_id", b"run_id", "sequences_served", b"sequences_served", "stall_s", b"stall_s", "starting", b"starting", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -30,10 +30,9 @@ from protos.types import (
     Step,
     WorkerBeat,
 )
-from tests.fakes_services import ScriptedController, ScriptedWorker, serving
+from tests.fakes_services import TABLE, ScriptedController, ScriptedWorker, serving
 from tests.property.test_codec import (
     BEAT,
-    ENDPOINT,
     JOIN,
     OPENING,
     PLAN,
@@ -48,7 +47,8 @@ def test_unary_calls_answer_in_our_types() -> None:
     with serving(controller) as address:
         client, admin = ControlClient(address), AdminClient(address)
         assert client.join(JOIN).spec == SPEC
-        assert client.locate(Generation(1)) == (ENDPOINT,)
+        assert client.locate(Generation(1)) == TABLE
+        assert client.locate(Generation(1), unreachable="127.0.0.1:9") == TABLE
         assert client.report(REPORT).sealed_through == 5
         later = dataclasses.replace(REPORT, step=Step(REPORT.step + 1))
         assert client.report_steps([REPORT, later]).sealed_through == 5
@@ -60,6 +60,9 @@ def test_unary_calls_answer_in_our_types() -> None:
         admin.freeze()
         admin.resume()
         admin.drain()
+        admin.scale(3)
+        assert controller.wanted_workers == 3
+        assert controller.unreachable == ["", "127.0.0.1:9"]
         assert healthy(address, timeout_s=5)
         client.close()
         client.close()

@@ -105,11 +105,14 @@ def test_30_kills_lose_double_and_change_nothing(
 
 
 @pytest.mark.timeout(120)
-def test_workers_that_come_and_are_drained_while_ranks_stream_lose_nothing(tmp_path: Path) -> None:
+def test_workers_that_come_and_are_ended_at_once_while_ranks_stream_lose_nothing(
+    tmp_path: Path,
+) -> None:
     patterns = write_corpus(tmp_path / "data")
     num_steps = 90
     expected = _undisturbed(tmp_path / "undisturbed", patterns, steps=num_steps)
-    with consumed_run(write_run(tmp_path / "out", patterns, steps=num_steps)) as run:
+    run_file = write_run(tmp_path / "out", patterns, steps=num_steps)
+    with consumed_run(run_file, drain_s=0) as run:
 
         def ready(*worker_ids: str) -> None:
             wait_until(

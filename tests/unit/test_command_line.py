@@ -38,6 +38,7 @@ COMMANDS = [
     ["resume"],
     ["snapshot"],
     ["drain"],
+    ["scale"],
     ["doctor"],
 ]
 
@@ -89,7 +90,9 @@ def fails(arguments: list[str], *, code: int, says: str) -> None:
     assert says in lines[0]
 
 
-@pytest.mark.parametrize("command", [["status"], ["freeze"], ["resume"], ["snapshot"], ["drain"]])
+@pytest.mark.parametrize(
+    "command", [["status"], ["freeze"], ["resume"], ["snapshot"], ["drain"], ["scale", "2"]]
+)
 def test_a_controller_that_does_not_answer_is_said_in_a_sentence(command: list[str]) -> None:
     fails([*command, NOBODY], code=1, says=NOBODY)
 

@@ -101,8 +101,12 @@ def test_a_wait_for_workers_ends_and_a_worker_that_comes_ends_it(tmp_path: Path)
             gone.set()
             async for _ in stream:
                 pass
+            # It may come back at once; but a rank that cannot reach it need not wait for that.
+            table = await controller.service.locate(Generation(1))
+            assert {each.endpoint for each in table.endpoints} == {make_beat().endpoint}
             with pytest.raises(NotReady):
-                await controller.service.locate(Generation(1))
+                await controller.service.locate(Generation(1), unreachable=make_beat().endpoint)
+            assert not (await controller.service.status()).workers[0].alive
 
     asyncio.run(scenario())
 

@@ -69,7 +69,8 @@ def test_after_a_drain_a_rank_that_waits_for_a_later_step_is_told_and_nothing_is
             answer = await controller.join_all(1)
             await controller.report_step(0)
             await controller.service.drain()
-            assert len(await controller.service.locate(answer.generation)) == controller.spec.lanes
+            table = await controller.service.locate(answer.generation)
+            assert len(table.endpoints) == controller.spec.lanes
             controller.workers.beat(make_beat(generation=answer.generation, needed_step=3))
             assert not await controller.loop.advance()
             clock.now_s += 1  # longer than the grace time, shorter than a worker's silence

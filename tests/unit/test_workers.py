@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from controller.workers import Workers
+from controller.lanes import SETTLE_S
+from controller.workers import ABSENCE_S, Workers
 from protos.errors import InvalidMessage, WrongRun
 from protos.types import Generation, Quarantine
 from tests.fakes_controller import Clock, make_beat
@@ -38,7 +39,7 @@ def test_a_worker_takes_no_more_lanes_than_it_can(workers: Workers) -> None:
     workers.beat(make_beat("b", capacity_lanes=2))
     assert workers.endpoints() == ()
     workers.beat(make_beat("c"))
-    assert _lanes(workers) == ["a", "b", "c", "c"]
+    assert _lanes(workers) == ["a", "b", "b", "c"]
 
 
 def test_a_silent_worker_is_lost_and_its_lanes_go_to_others(workers: Workers, clock: Clock) -> None:
@@ -51,7 +52,88 @@ def test_a_silent_worker_is_lost_and_its_lanes_go_to_others(workers: Workers, cl
     assert workers.expire() == []
     assert _lanes(workers) == ["b"] * 4
     assert workers.beat(make_beat("a"))
+    assert _lanes(workers) == ["b"] * 4
+    clock.now_s += SETTLE_S
+    assert workers.expire() == []
+    assert _lanes(workers) == ["b", "b", "a", "a"]
+
+
+def test_a_worker_that_is_away_for_a_moment_keeps_its_lanes(workers: Workers, clock: Clock) -> None:
+    workers.beat(make_beat("a"))
+    workers.beat(make_beat("b"))
+    before, version = _lanes(workers), workers.lanes_version
+    for _ in range(5):
+        assert not workers.stream_ended("a")
+        clock.now_s += ABSENCE_S / 2
+        assert workers.expire() == []
+        assert not workers.beat(make_beat("a"))
+        assert not workers.beat(make_beat("b"))
+    assert (_lanes(workers), workers.lanes_version) == (before, version)
+    assert workers.num_lanes_moved == 0
+
+
+def test_a_worker_that_stays_away_is_lost(workers: Workers, clock: Clock) -> None:
+    workers.beat(make_beat("a"))
+    workers.beat(make_beat("b"))
     assert _lanes(workers) == ["a", "a", "b", "b"]
+    workers.stream_ended("a")
+    clock.now_s += ABSENCE_S + 0.1
+    assert workers.expire() == ["a"]
+    assert _lanes(workers) == ["b"] * 4
+    (event,) = workers.take_events()
+    assert event.body == {"event": "lanes moved", "lanes": 2, "after": {"b": 4}}
+    assert workers.take_events() == []
+
+
+def test_a_rank_that_misses_an_absent_worker_has_its_lanes_moved_at_once(
+    workers: Workers, clock: Clock
+) -> None:
+    workers.beat(make_beat("a", endpoint="127.0.0.1:1"))
+    workers.beat(make_beat("b", endpoint="127.0.0.1:2"))
+    assert _lanes(workers) == ["a", "a", "b", "b"]
+    # The controller hears this one: the rank may try again.
+    assert workers.unreachable("127.0.0.1:1") == []
+    workers.stream_ended("a")
+    assert workers.unreachable("127.0.0.1:2") == []
+    assert workers.unreachable("127.0.0.1:1") == ["a"]
+    assert _lanes(workers) == ["b"] * 4
+
+
+def test_a_leaving_worker_gives_its_lanes_away_at_once_and_is_not_missed(
+    workers: Workers, clock: Clock
+) -> None:
+    workers.beat(make_beat("a"))
+    workers.beat(make_beat("b"))
+    assert _lanes(workers) == ["a", "a", "b", "b"]
+    assert not workers.beat(make_beat("a", leaving=True))
+    assert _lanes(workers) == ["b"] * 4
+    assert workers.stream_ended("a")
+    clock.now_s += 100
+    workers.beat(make_beat("b"))
+    assert workers.expire() == []
+    assert [(each.worker_id, each.alive) for each in workers.statuses()] == [
+        ("a", False),
+        ("b", True),
+    ]
+
+
+def test_the_last_worker_serves_until_it_is_gone(workers: Workers) -> None:
+    workers.beat(make_beat("a"))
+    assert _lanes(workers) == ["a"] * 4
+    workers.beat(make_beat("a", leaving=True))
+    assert _lanes(workers) == ["a"] * 4
+    workers.beat(make_beat("b"))
+    assert _lanes(workers) == ["b"] * 4
+
+
+def test_a_worker_started_again_is_found_at_its_new_address(workers: Workers) -> None:
+    workers.beat(make_beat("a", pid=1, endpoint="127.0.0.1:1"))
+    assert workers.endpoints()
+    version = workers.lanes_version
+    assert workers.beat(make_beat("a", pid=2, endpoint="127.0.0.1:2"))
+    assert workers.lanes_version > version
+    assert {each.endpoint for each in workers.endpoints()} == {"127.0.0.1:2"}
+    assert workers.num_lanes_moved == 0
 
 
 def test_a_worker_that_came_back_as_another_process_is_new(workers: Workers) -> None:
