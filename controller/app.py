@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import socket
 import time
@@ -26,6 +27,7 @@ from controller.policy.base import Policy, PolicyContext
 from controller.policy.registry import initial_mixture, make_policy, validation_of
 from controller.policy_runner import PolicyRunner
 from controller.service import Blobs, Service
+from controller.shadows import Shadow, Shadows, shadow_names
 from controller.snapshots import Snapshots
 from controller.state import RunState
 from controller.threads import SingleThread
@@ -53,6 +55,7 @@ class Prepared:
 
     spec: RunSpec
     policy: Policy
+    shadows: tuple[Shadow, ...]
     initial: Mixture
     guard: Guard
     blobs: Blobs
@@ -94,11 +97,18 @@ def prepare(config: RunConfig) -> Prepared:
         seed=spec.seed,
     )
     policy = make_policy(config.policy, context)
+    names = shadow_names(shadow.name for shadow in config.shadows)
+    shadows = tuple(
+        Shadow(name=name, policy=make_policy(shadow, context))
+        for name, shadow in zip(names, config.shadows, strict=True)
+    )
+    needs = policy.needs.union(*(shadow.policy.needs for shadow in shadows))
+    validations = [validation_of(each, context) for each in (config.policy, *config.shadows)]
+    validation = tuple(dict.fromkeys(itertools.chain.from_iterable(validations)))
     return Prepared(
-        spec=run_spec(
-            config, index, tokenizer, policy.needs, validation_of(config.policy, context)
-        ),
+        spec=run_spec(config, index, tokenizer, needs, validation),
         policy=policy,
+        shadows=shadows,
         initial=Mixture.from_shares(initial_mixture(config.policy, context)),
         guard=Guard(config.guard, context),
         blobs=Blobs(index=index_bytes, tokenizer=tokenizer_bytes),
@@ -128,7 +138,12 @@ async def run_controller(
         runner = PolicyRunner(prepared.policy, budget_s=config.guard.time_budget_s)
         stack.callback(runner.close, config.guard.time_budget_s)
         await bring_up(runner, history, ledger, ledger_thread)
-        loop, service = _assemble(config, prepared, history, ledger, ledger_thread, runner)
+        shadows = make_shadows(config, prepared)
+        stack.callback(shadows.close, SAVE_S)
+        await shadows.restore(
+            lambda after: ledger_thread.call(lambda: list(past.shadow_records_after(ledger, after)))
+        )
+        loop, service = _assemble(config, prepared, history, ledger, ledger_thread, runner, shadows)
         deciding = await stack.enter_async_context(_deciding(loop))
         address = await stack.enter_async_context(
             serving_controller(
@@ -186,6 +201,16 @@ async def bring_up(
         return
 
 
+def make_shadows(config: RunConfig, prepared: Prepared) -> Shadows:
+    """Return the shadow policies, before their first step."""
+    return Shadows(
+        prepared.shadows,
+        budget_s=config.guard.time_budget_s,
+        folder=config.snapshots_path / "shadows",
+        origin=config.origin,
+    )
+
+
 def _assemble(
     config: RunConfig,
     prepared: Prepared,
@@ -193,6 +218,7 @@ def _assemble(
     ledger: Ledger,
     ledger_thread: SingleThread,
     runner: PolicyRunner,
+    shadows: Shadows,
 ) -> tuple[ControlLoop, Service]:
     now = time.monotonic
     workers = Workers(prepared.spec, expiry_s=config.control.worker_timeout_s, now=now)
@@ -207,6 +233,7 @@ def _assemble(
         workers=workers,
         snapshots=Snapshots(config.snapshots_path, origin=config.origin),
         metrics=metrics,
+        shadows=shadows,
     )
     pace = Pace(
         report_grace_s=config.control.report_grace_s,
@@ -219,6 +246,7 @@ def _assemble(
         workers=workers,
         metrics=metrics,
         policy=runner,
+        shadows=shadows,
         blobs=prepared.blobs,
         bad_share=prepared.bad_share,
     )

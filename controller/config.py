@@ -153,6 +153,9 @@ class RunConfig(Section):
     data: DataSection
     batch: BatchSection
     policy: PolicyConfig
+    shadows: tuple[PolicyConfig, ...] = ()
+    """Policies that see what the policy sees and propose without acting, for comparison."""
+
     guard: GuardConfig = GuardConfig()
     control: ControlSection = ControlSection()
     probe: ProbeSection = ProbeSection()

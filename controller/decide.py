@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from controller.draft import Draft
 from controller.guard import Guard
 from controller.hands import Hands
 from controller.history import LaneCursors, Steering
+from controller.ledger_schema import Entry
 from controller.policy_runner import Advice
 from controller.state import RunState
 from controller.step_row import StepRow
@@ -19,6 +20,8 @@ AHEAD_S = 0.1
 """So far ahead of the trainers may be sealed where nothing remains to be learned."""
 
 MOST_AHEAD = 1024
+
+_BEHIND = Advice(shares=None, fault="the policy is too many steps behind")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +89,18 @@ def delivered_epochs(cursors: LaneCursors, spec: RunSpec) -> tuple[float, ...] |
         float(max(int(places[domain, 0]) for _, places in cursors.values()))
         for domain in range(spec.num_domains)
     )
+
+
+async def ask(row: StepRow, target: Step, hands: Hands, note: Callable[[Entry], None]) -> None:
+    """Have a policy that learns, and the shadows, observe a step and propose for `target`.
+
+    What the shadows propose is noted once they have.
+    """
+    if hands.policy.learns:
+        row.to_policy = not hands.policy.is_behind
+        advice = await hands.policy.advise(row.observation, target) if row.to_policy else _BEHIND
+        row.proposals = [(target, advice)]
+    hands.shadows.observe(row.observation, target, note)
 
 
 async def propose_ahead(rows: Sequence[StepRow], state: RunState, hands: Hands) -> None:

@@ -8,6 +8,7 @@ from controller.guard import Guard
 from controller.ledger import Ledger
 from controller.metrics import Metrics
 from controller.policy_runner import PolicyRunner
+from controller.shadows import Shadows
 from controller.snapshots import Snapshots
 from controller.threads import SingleThread
 from controller.workers import Workers
@@ -32,3 +33,4 @@ class Hands:
     workers: Workers
     snapshots: Snapshots
     metrics: Metrics
+    shadows: Shadows

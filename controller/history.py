@@ -196,6 +196,20 @@ def records_after(ledger: Ledger, step: int) -> Iterator[StepRecord]:
             yield step_record_of(row)
 
 
+def shadow_records_after(ledger: Ledger, step: int) -> Iterator[tuple[StepRecord, Step]]:
+    """Yield the steps after `step` that shadows observed, and the step they then proposed for."""
+    targets = {
+        row.step: Step(row.body["proposed_step"])
+        for row in ledger.rows(Kind.SHADOW, min_step=step + 1)
+        if row.body["observed"]
+    }
+    for row in ledger.rows(Kind.STEP, min_step=step + 1):
+        # Once, though a step that was trained again after a resume has two rows.
+        target = targets.pop(row.step, None)
+        if target is not None:
+            yield step_record_of(row), target
+
+
 def newest_line(rows: Iterable[Row]) -> dict[int, Row]:
     """Return each step's row in the line of training that was not abandoned."""
     steps: dict[int, Row] = {}

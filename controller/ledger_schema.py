@@ -56,6 +56,7 @@ class Kind(enum.Enum):
     PLAN = "plan"  # a mixture that holds from `step` on
     SEAL = "seal"  # the plans of all steps up to `step` are final
     STEP = "step"  # what the ranks reported of `step`, and what was decided
+    SHADOW = "shadow"  # what shadow policies proposed after `step`
     SKIP = "skip"  # nothing was heard of the steps up to `step`
     CURSORS = "cursors"  # lanes' places after `step`
     CONTROL = "control"  # an operator took the decision from the policy, or gave it back

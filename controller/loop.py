@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 from controller import history as past
 from controller.aggregate import Aggregator, add_up, cursors_after
-from controller.decide import choose_all, propose_ahead
+from controller.decide import ask, choose_all, propose_ahead
 from controller.hands import Hands, Pace
 from controller.history import Steering
 from controller.ledger_schema import (
@@ -53,7 +53,6 @@ MOST_AT_ONCE = 256
 _AT_ONCE_S = 0.005
 """How long steps that wait may keep the first of them from its commit."""
 
-_BEHIND = Advice(shares=None, fault="the policy is too many steps behind")
 _SILENCE = Advice(shares=None, fault="no rank reported the step")
 
 
@@ -340,11 +339,8 @@ class ControlLoop:
             self.note(*row.entries(hands.metrics, ["recorded only"]))
         elif not reports:
             row.proposals = [(Step(step + state.spec.lag), _SILENCE)]
-        elif hands.policy.learns:
-            row.to_policy = not hands.policy.is_behind
-            target = Step(step + state.spec.lag)
-            advice = await hands.policy.advise(observation, target) if row.to_policy else _BEHIND
-            row.proposals = [(target, advice)]
+        else:
+            await ask(row, Step(step + state.spec.lag), hands, self.note)
         return row
 
     async def _decide(self, rows: Sequence[StepRow], started_s: float) -> None:
@@ -354,6 +350,7 @@ class ControlLoop:
             for row in rows:
                 self._move_cursors(row)
                 reasons = choose_all(row.proposals, draft, state, hands, self.steering)
+                row.decided = draft.in_force if row.proposals else None
                 draft.observe(row.step)
                 row.decision_ms = (self._now() - started_s) * 1000
                 draft.entries += row.entries(
@@ -372,6 +369,7 @@ class ControlLoop:
         """Save the policy as it is now, between two decisions; `_turn` is held."""
         step, hands = self.state.observed_through, self._hands
         self._saved_through = step
+        hands.shadows.save(step)
         future = hands.policy.save(lambda state: hands.snapshots.write(state, step))
 
         async def record() -> str:

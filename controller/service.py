@@ -14,6 +14,7 @@ from controller.ledger_schema import event_entry, quarantine_entry, workers_entr
 from controller.loop import ControlLoop
 from controller.metrics import Metrics
 from controller.policy_runner import PolicyRunner
+from controller.shadows import Shadows
 from controller.state import Told
 from controller.workers import Workers
 from protos.errors import (
@@ -87,6 +88,7 @@ class Service:
         workers: Workers,
         metrics: Metrics,
         policy: PolicyRunner,
+        shadows: Shadows,
         blobs: Blobs,
         bad_share: BadShare,
     ) -> None:
@@ -94,6 +96,7 @@ class Service:
         self._workers = workers
         self._metrics = metrics
         self._policy = policy
+        self._shadows = shadows
         self._blobs = blobs
         self._bad_share = bad_share
         self._joining = Joining(loop, workers)
@@ -293,6 +296,7 @@ class Service:
             lanes_moved=self._workers.num_lanes_moved,
             quarantines=self._workers.quarantines,
             workers=self._workers.statuses(),
+            shadows=self._shadows.statuses,
         )
 
     async def set_mixture(self, shares: Mapping[str, float]) -> int:

@@ -32,6 +32,11 @@ class Snapshots:
         """Return where the state after `step` belongs; -1: before the first step."""
         return self._folder / f"after-{step + 1:09d}-steps.safetensors"
 
+    def newest_first(self) -> list[tuple[int, Path]]:
+        """Return what is kept: the step after which each was saved, and where."""
+        kept = sorted(self._folder.glob("after-*-steps.safetensors"), reverse=True)
+        return [(int(path.name.split("-")[1]) - 1, path) for path in kept]
+
     def write(self, state: PolicyState, step: int) -> Path:
         """Write the state after `step`; remove what is too old.
 

@@ -11,7 +11,7 @@ from controller.ledger_schema import Entry, Kind, cursors_entry, observation_bod
 from controller.metrics import Metrics
 from controller.observation import StepObservation
 from controller.policy_runner import Advice
-from protos.types import Step, StepReport
+from protos.types import Mixture, Step, StepReport
 
 
 class StepRow:
@@ -38,6 +38,9 @@ class StepRow:
         self.proposals: list[tuple[Step, Advice]] = []
         """The steps to decide upon, in order, with what the policy advises for each."""
 
+        self.decided: Mixture | None = None
+        """The mixture of the last of these steps, after the guard; None: it was decided before."""
+
         self.decision_ms = 0.0
 
     @property
@@ -60,7 +63,8 @@ class StepRow:
             "observation": observation_body(self.observation),
             "to_policy": self.to_policy,
             "proposed_step": proposed_step if self.to_policy else -1,
-            "proposal": _json_shares(proposal) if self.to_policy else None,
+            "proposal": json_shares(proposal) if self.to_policy else None,
+            "decided_q32": None if self.decided is None else list(self.decided.shares_q32),
             "policy_phase": policy_phase,
             "reasons": list(reasons),
             "decision_ms": self.decision_ms,
@@ -78,7 +82,7 @@ class StepRow:
         return entries
 
 
-def _json_shares(shares: Sequence[float] | None) -> list[float | str] | None:
+def json_shares(shares: Sequence[float] | None) -> list[float | str] | None:
     """Return shares as JSON values, those that are not finite as text."""
     if shares is None:
         return None

@@ -6,6 +6,7 @@ import typer
 
 from deploy import commands_data, commands_live, commands_run
 from deploy.exits import EXIT_CODES_HELP
+from deploy.explain import explain
 
 app = typer.Typer(
     name="headrace",
@@ -21,6 +22,7 @@ app.command("run")(commands_run.run)
 app.command("pack")(commands_data.pack)
 app.command("index")(commands_data.index)
 app.command("verify")(commands_data.verify)
+app.command("explain")(explain)
 app.command("controller")(commands_live.controller)
 app.command("status")(commands_live.status)
 app.add_typer(commands_live.mixture, name="mixture")

@@ -74,6 +74,17 @@ def status_json(status: RunStatus) -> dict[str, Any]:
             {"domain": q.domain, "shard": q.shard, "sample": q.sample, "reason": q.reason}
             for q in status.quarantines
         ],
+        "shadows": [
+            {
+                "name": shadow.name,
+                "phase": shadow.phase,
+                "mixture": dict(zip(status.domains, shadow.shares, strict=True))
+                if shadow.shares
+                else None,
+                "fault": shadow.fault,
+            }
+            for shadow in status.shadows
+        ],
         "workers": [
             {name: getattr(worker, name) for name in _WORKER_FIGURES} for worker in status.workers
         ],

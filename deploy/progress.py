@@ -17,6 +17,7 @@ from protos.status import RunStatus
 
 LINE_EVERY_S = 5.0
 _BAR_CELLS = 24
+_SHADOW_DOMAINS = 4
 
 
 class Progress:
@@ -133,7 +134,24 @@ def status_panel(status: RunStatus) -> Group:
         bar = "█" * round(_BAR_CELLS * share / largest)
         shown = f"{loss:.3f}" if math.isfinite(loss) else "-"
         domains.add_row(domain, f"{share:.1%}", Text(bar, style="green"), shown)
-    return Group(head, domains, _workers_line(status))
+    parts: list[Text | Table] = [head, domains, _workers_line(status)]
+    if status.shadows:
+        parts.append(_shadows_table(status))
+    return Group(*parts)
+
+
+def _shadows_table(status: RunStatus) -> Table:
+    """Return what shadow policies would give the domains that they would give most."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 1))
+    table.add_column("shadow")
+    table.add_column("phase")
+    table.add_column("would give")
+    for shadow in status.shadows:
+        shares = zip(shadow.shares, status.domains, strict=bool(shadow.shares))
+        largest = sorted(shares, key=lambda pair: -pair[0])[:_SHADOW_DOMAINS]
+        wanted = " ".join(f"{domain} {share:.1%}" for share, domain in largest)
+        table.add_row(shadow.name, shadow.phase, Text(shadow.fault or wanted or "-"))
+    return table
 
 
 def _workers_line(status: RunStatus) -> Text:

@@ -10,11 +10,11 @@ from protos.codec_common import (
     quarantine_from_proto,
     quarantine_to_proto,
 )
-from protos.status import RunStatus, WorkerStatus
+from protos.status import RunStatus, ShadowStatus, WorkerStatus
 from protos.wire import admin_pb2 as admin
 
 _STATUS_FIELDS = field_names(
-    RunStatus, but={"domains", "loss", "mixture", "quarantines", "workers"}
+    RunStatus, but={"domains", "loss", "mixture", "quarantines", "workers", "shadows"}
 )
 _WORKER_FIELDS = field_names(WorkerStatus, but={"lanes"})
 
@@ -27,6 +27,10 @@ def status_to_proto(status: RunStatus) -> admin.StatusResponse:
         mixture=mixture_to_proto(status.mixture),
         quarantines=[quarantine_to_proto(item) for item in status.quarantines],
         workers=[_worker_to_proto(worker) for worker in status.workers],
+        shadows=[
+            admin.ShadowStatus(name=one.name, phase=one.phase, shares=one.shares, fault=one.fault)
+            for one in status.shadows
+        ],
         **{name: getattr(status, name) for name in _STATUS_FIELDS},
     )
 
@@ -40,6 +44,10 @@ def status_from_proto(message: admin.StatusResponse) -> RunStatus:
         mixture=mixture_from_proto(message.mixture),
         quarantines=tuple(quarantine_from_proto(item) for item in message.quarantines),
         workers=tuple(_worker_from_proto(worker) for worker in message.workers),
+        shadows=tuple(
+            ShadowStatus(name=one.name, phase=one.phase, shares=tuple(one.shares), fault=one.fault)
+            for one in message.shadows
+        ),
         **{name: getattr(message, name) for name in _STATUS_FIELDS},
     )
 

@@ -26,6 +26,19 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ShadowStatus:
+    """A shadow policy's last turn."""
+
+    name: str
+    phase: str
+    shares: tuple[float, ...]
+    """[domains]: what it proposed; empty: nothing."""
+
+    fault: str
+    """Why it proposed nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunStatus:
     """What `headrace status` shows."""
 
@@ -64,3 +77,4 @@ class RunStatus:
 
     lanes_moved: int = 0
     """Lanes that went from one worker to another since the controller started."""
+    shadows: tuple[ShadowStatus, ...] = ()

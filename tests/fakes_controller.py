@@ -6,13 +6,14 @@ import asyncio
 import copy
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from controller import history as past
-from controller.app import Prepared, prepare
+from controller.app import Prepared, make_shadows, prepare
 from controller.config import RunConfig, parse_run
 from controller.hands import Hands, Pace
 from controller.history import History
@@ -23,6 +24,7 @@ from controller.observation import StepObservation
 from controller.policy.base import Policy, PolicyState, Statistic
 from controller.policy_runner import PolicyRunner
 from controller.service import Service
+from controller.shadows import Shadow
 from controller.snapshots import Snapshots
 from controller.state import RunState
 from controller.threads import SingleThread
@@ -203,6 +205,7 @@ class Bench:
         self.workers = Workers(self.spec, expiry_s=config.control.worker_timeout_s, now=now)
         self.workers.quarantine(history.quarantines)
         self.metrics = Metrics(self.spec.num_domains, history.totals, now=now)
+        self.shadows = make_shadows(config, prepared)
         self.runner = PolicyRunner(policy, budget_s=config.guard.time_budget_s)
         hands = Hands(
             ledger=ledger,
@@ -212,6 +215,7 @@ class Bench:
             workers=self.workers,
             snapshots=Snapshots(config.snapshots_path, origin=config.origin),
             metrics=self.metrics,
+            shadows=self.shadows,
         )
         pace = Pace(
             report_grace_s=config.control.report_grace_s,
@@ -224,6 +228,7 @@ class Bench:
             workers=self.workers,
             metrics=self.metrics,
             policy=self.runner,
+            shadows=self.shadows,
             blobs=prepared.blobs,
             bad_share=prepared.bad_share,
         )
@@ -256,10 +261,16 @@ class Bench:
 
 @contextmanager
 def bench(
-    config: RunConfig, *, policy: Policy | None = None, now: Callable[[], float] | None = None
+    config: RunConfig,
+    *,
+    policy: Policy | None = None,
+    shadows: Sequence[Shadow] | None = None,
+    now: Callable[[], float] | None = None,
 ) -> Iterator[Bench]:
     """Open a controller without a network on a run's ledger, for as long as the block lasts."""
     prepared = prepare(config)
+    if shadows is not None:
+        prepared = replace(prepared, shadows=tuple(shadows))
     thread = SingleThread("bench-ledger")
     with Ledger(config.ledger_path) as ledger:
         past.begin(ledger, prepared.spec, prepared.initial, {})
@@ -277,6 +288,7 @@ def bench(
             yield made
         finally:
             made.runner.close(1.0)
+            made.shadows.close(5.0)
             thread.close(5.0)
 
 

@@ -79,6 +79,37 @@ class WorkerStatus(_message.Message):
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
 
 @_typing.final
+class ShadowStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
+    FAULT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    phase: _builtins.str
+    fault: _builtins.str
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """[domains]; empty: it proposed nothing"""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        phase: _builtins.str = ...,
+        shares: _abc.Iterable[_builtins.float] | None = ...,
+        fault: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fault", b"fault", "name", b"name", "phase", b"phase", "shares", b"shares"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShadowStatus: _TypeAlias = ShadowStatus  # noqa: Y015
+
+@_typing.final
 class StatusResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -108,6 +139,7 @@ class StatusResponse(_message.Message):
     POLICY_PHASE_FIELD_NUMBER: _builtins.int
     WANTED_WORKERS_FIELD_NUMBER: _builtins.int
     LANES_MOVED_FIELD_NUMBER: _builtins.int
+    SHADOWS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     policy: _builtins.str
     phase: _builtins.str
@@ -144,6 +176,8 @@ class StatusResponse(_message.Message):
     def quarantines(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Quarantine]: ...
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]: ...
+    @_builtins.property
+    def shadows(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShadowStatus]: ...
     def __init__(
         self,
         *,
@@ -173,10 +207,11 @@ class StatusResponse(_message.Message):
         policy_phase: _builtins.str = ...,
         wanted_workers: _builtins.int = ...,
         lanes_moved: _builtins.int = ...,
+        shadows: _abc.Iterable[Global___ShadowStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mixture", b"mixture"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_wait_share", b"data_wait_share", "decision_ms_p50", b"decision_ms_p50", "decision_ms_p99", b"decision_ms_p99", "degraded_steps", b"degraded_steps", "domains", b"domains", "frozen", b"frozen", "generation", b"generation", "held_decisions", b"held_decisions", "lanes_moved", b"lanes_moved", "loss", b"loss", "missing_reports", b"missing_reports", "mixture", b"mixture", "num_steps", b"num_steps", "observed_step", b"observed_step", "phase", b"phase", "plan_version", b"plan_version", "policy", b"policy", "policy_phase", b"policy_phase", "quarantines", b"quarantines", "run_id", b"run_id", "sealed_through", b"sealed_through", "tokens", b"tokens", "tokens_per_s", b"tokens_per_s", "wanted_workers", b"wanted_workers", "workers", b"workers", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_wait_share", b"data_wait_share", "decision_ms_p50", b"decision_ms_p50", "decision_ms_p99", b"decision_ms_p99", "degraded_steps", b"degraded_steps", "domains", b"domains", "frozen", b"frozen", "generation", b"generation", "held_decisions", b"held_decisions", "lanes_moved", b"lanes_moved", "loss", b"loss", "missing_reports", b"missing_reports", "mixture", b"mixture", "num_steps", b"num_steps", "observed_step", b"observed_step", "phase", b"phase", "plan_version", b"plan_version", "policy", b"policy", "policy_phase", b"policy_phase", "quarantines", b"quarantines", "run_id", b"run_id", "sealed_through", b"sealed_through", "shadows", b"shadows", "tokens", b"tokens", "tokens_per_s", b"tokens_per_s", "wanted_workers", b"wanted_workers", "workers", b"workers", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,7 +15,7 @@ from protos import codec, codec_admin, codec_common, codec_data
 from protos.documents import DocumentStarts
 from protos.errors import InvalidMessage
 from protos.spec import ProbeSpec, RunSpec, ValidationSpec
-from protos.status import RunStatus, WorkerStatus
+from protos.status import RunStatus, ShadowStatus, WorkerStatus
 from protos.types import (
     Beat,
     BlobChunk,
@@ -130,6 +130,10 @@ STATUS = RunStatus(
             stall_s=0.5,
             sequences_served=6,
         ),
+    ),
+    shadows=(
+        ShadowStatus(name="odm", phase="acting", shares=(0.25, 0.75), fault=""),
+        ShadowStatus(name="odm-2", phase="warm-up", shares=(), fault="late"),
     ),
 )
 JOIN = JoinRequest(

@@ -30,6 +30,7 @@ COMMANDS = [
     ["pack"],
     ["index"],
     ["verify"],
+    ["explain"],
     ["controller"],
     ["status"],
     ["mixture"],
