@@ -55,6 +55,9 @@ def test_every_whole_epoch_is_the_index_less_the_quarantine_token_for_token(
     assert findings.clean, checks(findings)["faults"]
     assert [q.domain for q in findings.record.quarantines] == ["code"]
     assert min(checks(findings)["complete_epochs"][name] for name in DOMAINS) >= 3
+    padding = [17 - one.num_tokens for one in findings.history.deliveries]
+    assert any(padding)
+    assert checks(findings)["padding_share"] == round(sum(padding) / (17 * len(padding)), 5)
     for epoch in findings.epochs:
         expected = lengths[epoch.domain]
         assert (epoch.num_documents, epoch.num_tokens) == (len(expected), sum(expected))

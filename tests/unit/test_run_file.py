@@ -68,6 +68,7 @@ def test_a_run_file_is_read_with_its_defaults(tmp_path: Path) -> None:
         ("batch.lanes", True, r"batch\.lanes must be a whole number, got True"),
         ("batch.lanes", 3, r"global_sequences must be a multiple of lanes = 3, got 8"),
         ("batch.interleave", 3, r"window_samples must be a multiple of interleave = 3, got 8"),
+        ("batch.packing", "knapsack", r"packing must be 'concatenate' or 'best_fit', got 'knap"),
         ("batch", None, r"batch must be a mapping of keys, got None"),
         ("control.lag", 0, r"control\.lag must be greater than or equal to 1, got 0"),
         ("control.report_grace_s", float("nan"), r"report_grace_s must be a finite number"),
@@ -197,3 +198,10 @@ def test_trainers_measure_gradients_only_for_a_policy_that_needs_them(tmp_path: 
     assert Statistic.ALIGNMENT in prepared.policy.needs
     assert prepared.spec.probe is not None
     assert (prepared.spec.probe.sketch_rows, prepared.spec.probe.seed) == (8, 7)
+
+
+def test_packing_is_part_of_the_order_of_the_data(tmp_path: Path) -> None:
+    joined = prepare(small_run(tmp_path)).spec
+    best_fit = prepare(small_run(tmp_path, batch={"packing": "best_fit"})).spec
+    assert (joined.packing, best_fit.packing) == ("concatenate", "best_fit")
+    assert joined.order_sha256() != best_fit.order_sha256()
