@@ -100,7 +100,8 @@ def find_documents(
     first = np.flatnonzero(begins)
     ends = np.append(first, begins.size)
     lengths = np.diff(ends)
-    positions = np.arange(begins.size) - np.repeat(first, lengths)
+    positions = np.arange(begins.size)
+    positions -= np.repeat(first, lengths)
     rows = np.arange(num_sequences + 1) * sequence_length
     return StepDocuments(
         document_ids=torch.from_numpy(document_ids),
