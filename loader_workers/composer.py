@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +11,8 @@ from numpy.typing import NDArray
 from loader_workers.lane import LaneReader
 from loader_workers.source import WindowSource
 from protos.documents import DocumentStarts
-from protos.slots import deal
-from protos.types import Cursors, Lane, LaneBatch, Step
+from protos.slots import deal_steps
+from protos.types import Cursors, Lane, LaneBatch, Places, Step
 
 
 class Composer:
@@ -48,32 +49,43 @@ class Composer:
                 self._lanes[lane].skip(domain, count)
 
     def compose(self, step: Step, counts: NDArray[np.int64]) -> tuple[LaneBatch, ...]:
-        """Return the lanes' batches of a step with these [domains] counts.
+        """Return the lanes' batches of a step with these [domains] counts; see `compose_steps`."""
+        return self.compose_steps(step, counts[None])
+
+    def compose_steps(self, step: Step, counts: NDArray[np.int64]) -> tuple[LaneBatch, ...]:
+        """Return the lanes' batches of consecutive steps.
+
+        Args:
+            step: the first of them.
+            counts: [steps, domains] of each.
 
         Raises:
-            DomainEmpty: a lane has no tokens in a domain that the step wants.
+            DomainEmpty: a lane has no tokens in a domain that a step wants.
             NotReady: the worker is stopping.
         """
-        labels = deal(counts, lanes=self._spec.lanes, seed=self._spec.seed, step=step)
+        labels = deal_steps(counts, lanes=self._spec.lanes, seed=self._spec.seed, step=step)
         return tuple(
-            self._lane_batch(lane, reader, labels[lane]) for lane, reader in self._lanes.items()
+            self._lane_batch(lane, reader, labels[:, lane]) for lane, reader in self._lanes.items()
         )
 
     def _lane_batch(self, lane: Lane, reader: LaneReader, labels: NDArray[np.uint16]) -> LaneBatch:
+        """Take the sequences of all steps, domain by domain, in the order of steps and slots."""
         spec = self._spec
-        width = spec.slots_per_lane
-        tokens = np.empty((width, spec.sequence_length + 1), dtype=spec.token_dtype)
-        num_tokens = np.empty(width, dtype=np.uint32)
-        places = np.empty((width, 3), dtype=np.uint32)
+        num_steps, width = labels.shape
+        total = num_steps * width
+        tokens = np.empty((total, spec.sequence_length + 1), dtype=spec.token_dtype)
+        num_tokens = np.empty(total, dtype=np.uint32)
+        places, after = np.empty((2, total, 3), dtype=np.uint32)
+        before = reader.places()
         starts: list[NDArray[np.int64]] = []
-        by_domain = np.argsort(labels, kind="stable")
-        ends = np.cumsum(np.bincount(labels, minlength=spec.num_domains)).tolist()
+        by_domain = np.argsort(labels.ravel(), kind="stable")
+        ends = np.cumsum(np.bincount(labels.ravel(), minlength=spec.num_domains)).tolist()
         start = 0
         for domain, end in enumerate(ends):
             if end > start:
                 slots, taken = by_domain[start:end], reader.take(domain, end - start)
                 tokens[slots], num_tokens[slots] = taken.tokens, taken.num_tokens
-                places[slots] = taken.places
+                places[slots], after[slots] = taken.places, taken.places_after
                 starts += taken.document_starts
                 start = end
         lane_first = lane * width
@@ -82,12 +94,15 @@ class Composer:
         return LaneBatch(
             lane=lane,
             first_slot=first,
-            tokens=tokens[mine],
-            domain_ids=labels[mine],
-            num_tokens=num_tokens[mine],
-            places=places[mine],
+            tokens=_of_slots(tokens, num_steps, mine),
+            domain_ids=labels[:, mine].reshape(-1),
+            num_tokens=_of_slots(num_tokens, num_steps, mine),
+            places=_of_slots(places, num_steps, mine),
             cursor_after=reader.places(),
-            documents=_in_slot_order(starts, by_domain, mine) if self._documents else None,
+            earlier_cursors=_earlier_cursors(labels, after, before) if num_steps > 1 else None,
+            documents=_in_slot_order(starts, by_domain.reshape(num_steps, width), mine)
+            if self._documents
+            else None,
         )
 
     def close(self) -> None:
@@ -99,6 +114,33 @@ class Composer:
 def _in_slot_order(
     starts: list[NDArray[np.int64]], slots: NDArray[np.int64], mine: slice
 ) -> DocumentStarts:
-    """Bring the sequences' document starts, taken domain by domain, into the order of slots."""
-    by_slot = np.argsort(slots)[mine].tolist()
-    return DocumentStarts.of([starts[place] for place in by_slot])
+    """Bring the sequences' document starts, taken domain by domain, into the order of slots.
+
+    `slots` is [steps, slots]: where each sequence belongs.
+    """
+    by_slot = np.argsort(slots, axis=None).reshape(slots.shape)[:, mine]
+    return DocumentStarts.of([starts[place] for place in by_slot.ravel().tolist()])
+
+
+def _of_slots(array: NDArray[Any], num_steps: int, mine: slice) -> NDArray[Any]:
+    """Return the rows of some slots of each step."""
+    by_step = array.reshape(num_steps, -1, *array.shape[1:])
+    return by_step[:, mine].reshape(-1, *array.shape[1:])
+
+
+def _earlier_cursors(
+    labels: NDArray[np.uint16], after: NDArray[np.uint32], before: Places
+) -> NDArray[np.uint32]:
+    """Return [steps - 1, domains, 3]: a lane's place in every domain after each step but the last.
+
+    Args:
+        labels: [steps, slots] the domains of the lane's sequences.
+        after: [steps x slots, 3] the place in its domain after each sequence.
+        before: [domains, 3] the places before the first step.
+    """
+    num_steps, width = labels.shape
+    rows = np.full((num_steps, len(before)), -1, dtype=np.int64)
+    flat = np.arange(num_steps * width)
+    np.maximum.at(rows, (flat // width, labels.ravel()), flat)
+    newest = np.maximum.accumulate(rows[:-1], axis=0)
+    return np.where((newest < 0)[:, :, None], before, after[newest])

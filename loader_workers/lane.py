@@ -34,6 +34,8 @@ _FARTHEST_STEPS = 1 << 16
 MAX_EMPTY_EPOCHS = 8
 """A lane's samples change from epoch to epoch, so one without tokens is passed over a few times."""
 
+_ONE_ON = np.array([0, 0, 1], dtype=np.uint32)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Taken:
@@ -47,6 +49,9 @@ class Taken:
 
     places: NDArray[np.uint32]
     """[sequences, 3]: where each stood."""
+
+    places_after: NDArray[np.uint32]
+    """[sequences, 3]: the lane's place after each."""
 
     document_starts: list[NDArray[np.int64]]
     """Where documents begin in each sequence, its own start aside; empty: not asked for."""
@@ -221,13 +226,21 @@ class LaneReader:
             places[:, 0] = segment.epoch
             places[:, 1] = segment.window
             places[:, 2] = np.arange(segment.start, segment.end)
+            after = places + _ONE_ON
+            after[-1] = self._places[domain]
             starts = (
                 segment.opened.document_starts(segment.start, segment.end)
                 if self._documents
                 else []
             )
             parts.append(
-                Taken(tokens=tokens, num_tokens=num_tokens, places=places, document_starts=starts)
+                Taken(
+                    tokens=tokens,
+                    num_tokens=num_tokens,
+                    places=places,
+                    places_after=after,
+                    document_starts=starts,
+                )
             )
             count -= len(tokens)
         if len(parts) == 1:
@@ -236,6 +249,7 @@ class LaneReader:
             tokens=np.concatenate([part.tokens for part in parts]),
             num_tokens=np.concatenate([part.num_tokens for part in parts]),
             places=np.concatenate([part.places for part in parts]),
+            places_after=np.concatenate([part.places_after for part in parts]),
             document_starts=[starts for part in parts for starts in part.document_starts],
         )
 

@@ -35,6 +35,7 @@ def open_stream_to_proto(opening: OpenStream) -> data.StreamBatchesRequest:
         cursors=cursors_to_proto(opening.cursors, opening.cursor_steps),
         credits=opening.credits,
         documents=opening.documents,
+        most_steps=opening.most_steps,
     )
     return data.StreamBatchesRequest(open=message)
 
@@ -57,6 +58,7 @@ def open_stream_from_proto(request: data.StreamBatchesRequest) -> OpenStream:
         cursor_steps=steps,
         credits=message.credits,
         documents=message.documents,
+        most_steps=max(message.most_steps, 1),
     )
 
 
@@ -75,12 +77,13 @@ def credit_from_proto(request: data.StreamBatchesRequest) -> Credit:
 
 
 def step_batch_to_proto(batch: StepBatch) -> data.StreamBatchesResponse:
-    """Encode one stream's part of a step; tokens go in the dtype that they have, little-endian."""
+    """Encode one stream's part of some steps; tokens go in the dtype that they have."""
     return data.StreamBatchesResponse(
         step=batch.step,
         plan_version=batch.plan_version,
         degraded=batch.degraded,
         lanes=[_lane_batch_to_proto(lane) for lane in batch.lanes],
+        num_steps=batch.num_steps,
     )
 
 
@@ -88,14 +91,17 @@ def step_batch_to_proto(batch: StepBatch) -> data.StreamBatchesResponse:
 def step_batch_from_proto(
     message: data.StreamBatchesResponse, *, token_dtype: np.dtype[Any], sequence_length: int
 ) -> StepBatch:
-    """Decode one stream's part of a step."""
+    """Decode one stream's part of one or more steps."""
+    num_steps = max(message.num_steps, 1)
     return StepBatch(
         step=Step(message.step),
         plan_version=message.plan_version,
         degraded=message.degraded,
         lanes=tuple(
-            _lane_batch_from_proto(lane, token_dtype, sequence_length) for lane in message.lanes
+            _lane_batch_from_proto(lane, token_dtype, sequence_length, num_steps)
+            for lane in message.lanes
         ),
+        num_steps=num_steps,
     )
 
 
@@ -109,6 +115,9 @@ def _lane_batch_to_proto(batch: LaneBatch) -> data.LaneBatch:
         num_tokens=np.ascontiguousarray(batch.num_tokens, _NUM_TOKENS).tobytes(),
         places=places_to_bytes(batch.places),
         cursor_after=places_to_bytes(batch.cursor_after),
+        earlier_cursors=b""
+        if batch.earlier_cursors is None
+        else places_to_bytes(batch.earlier_cursors),
     )
     if batch.documents is not None:
         dtype = starts_dtype(batch.tokens.shape[1] - 1)
@@ -118,10 +127,15 @@ def _lane_batch_to_proto(batch: LaneBatch) -> data.LaneBatch:
 
 
 def _lane_batch_from_proto(
-    message: data.LaneBatch, token_dtype: np.dtype[Any], sequence_length: int
+    message: data.LaneBatch, token_dtype: np.dtype[Any], sequence_length: int, num_steps: int
 ) -> LaneBatch:
     rows = message.num_sequences
     num_tokens = array_from_bytes(message.num_tokens, _NUM_TOKENS, (rows,))
+    cursor_after = places_from_bytes(message.cursor_after)
+    earlier = None
+    if num_steps > 1:
+        shape = (num_steps - 1, len(cursor_after), 3)
+        earlier = array_from_bytes(message.earlier_cursors, _NUM_TOKENS, shape)
     return LaneBatch(
         lane=Lane(message.lane),
         first_slot=message.first_slot,
@@ -129,7 +143,8 @@ def _lane_batch_from_proto(
         domain_ids=array_from_bytes(message.domain_ids, _DOMAIN_IDS, (rows,)),
         num_tokens=num_tokens,
         places=array_from_bytes(message.places, _NUM_TOKENS, (rows, 3)),
-        cursor_after=places_from_bytes(message.cursor_after),
+        cursor_after=cursor_after,
+        earlier_cursors=earlier,
         documents=_documents_from_proto(message, num_tokens, sequence_length),
     )
 

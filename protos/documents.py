@@ -53,6 +53,15 @@ class DocumentStarts:
             positions=np.concatenate([part.positions for part in parts]),
         )
 
+    def of_rows(self, rows: slice) -> DocumentStarts:
+        """Return those of some consecutive sequences."""
+        ends = np.cumsum(self.counts)
+        counts = self.counts[rows]
+        end = int(ends[rows][-1]) if len(counts) else 0
+        return DocumentStarts(
+            counts=counts, positions=self.positions[end - int(counts.sum()) : end]
+        )
+
     def sequences(self) -> NDArray[np.int64]:
         """Return [positions]: which sequence each position is in."""
         return np.repeat(np.arange(len(self.counts)), self.counts)

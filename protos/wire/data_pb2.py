@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.wire import common_pb2 as protos_dot_wire_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/wire/data.proto\x12\x0bheadrace.v1\x1a\x18protos/wire/common.proto\"q\n\x14StreamBatchesRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.headrace.v1.OpenStreamH\x00\x12%\n\x06\x63redit\x18\x02 \x01(\x0b\x32\x13.headrace.v1.CreditH\x00\x42\t\n\x07request\"\xc1\x01\n\nOpenStream\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x11\n\tfrom_step\x18\x04 \x01(\x04\x12\x12\n\nfirst_slot\x18\x05 \x01(\r\x12\x10\n\x08\x65nd_slot\x18\x06 \x01(\r\x12$\n\x07\x63ursors\x18\x07 \x03(\x0b\x32\x13.headrace.v1.Cursor\x12\x0f\n\x07\x63redits\x18\x08 \x01(\r\x12\x11\n\tdocuments\x18\t \x01(\x08\",\n\x06\x43redit\x12\r\n\x05steps\x18\x01 \x01(\r\x12\x13\n\x0bneeded_step\x18\x02 \x01(\x12\"t\n\x15StreamBatchesResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x14\n\x0cplan_version\x18\x02 \x01(\x04\x12\x10\n\x08\x64\x65graded\x18\x03 \x01(\x08\x12%\n\x05lanes\x18\x04 \x03(\x0b\x32\x16.headrace.v1.LaneBatch\"\xd4\x01\n\tLaneBatch\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x12\n\nfirst_slot\x18\x02 \x01(\r\x12\x15\n\rnum_sequences\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\x0c\x12\x12\n\ndomain_ids\x18\x05 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x06 \x01(\x0c\x12\x0e\n\x06places\x18\x07 \x01(\x0c\x12\x14\n\x0c\x63ursor_after\x18\x08 \x01(\x0c\x12\x17\n\x0f\x64ocument_starts\x18\t \x01(\x0c\x12\x17\n\x0f\x64ocument_counts\x18\n \x01(\x0c\x32\x62\n\x04\x44\x61ta\x12Z\n\rStreamBatches\x12!.headrace.v1.StreamBatchesRequest\x1a\".headrace.v1.StreamBatchesResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/wire/data.proto\x12\x0bheadrace.v1\x1a\x18protos/wire/common.proto\"q\n\x14StreamBatchesRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.headrace.v1.OpenStreamH\x00\x12%\n\x06\x63redit\x18\x02 \x01(\x0b\x32\x13.headrace.v1.CreditH\x00\x42\t\n\x07request\"\xd5\x01\n\nOpenStream\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x11\n\tfrom_step\x18\x04 \x01(\x04\x12\x12\n\nfirst_slot\x18\x05 \x01(\r\x12\x10\n\x08\x65nd_slot\x18\x06 \x01(\r\x12$\n\x07\x63ursors\x18\x07 \x03(\x0b\x32\x13.headrace.v1.Cursor\x12\x0f\n\x07\x63redits\x18\x08 \x01(\r\x12\x11\n\tdocuments\x18\t \x01(\x08\x12\x12\n\nmost_steps\x18\n \x01(\r\",\n\x06\x43redit\x12\r\n\x05steps\x18\x01 \x01(\r\x12\x13\n\x0bneeded_step\x18\x02 \x01(\x12\"\x87\x01\n\x15StreamBatchesResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x14\n\x0cplan_version\x18\x02 \x01(\x04\x12\x10\n\x08\x64\x65graded\x18\x03 \x01(\x08\x12%\n\x05lanes\x18\x04 \x03(\x0b\x32\x16.headrace.v1.LaneBatch\x12\x11\n\tnum_steps\x18\x05 \x01(\r\"\xed\x01\n\tLaneBatch\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x12\n\nfirst_slot\x18\x02 \x01(\r\x12\x15\n\rnum_sequences\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\x0c\x12\x12\n\ndomain_ids\x18\x05 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x06 \x01(\x0c\x12\x0e\n\x06places\x18\x07 \x01(\x0c\x12\x14\n\x0c\x63ursor_after\x18\x08 \x01(\x0c\x12\x17\n\x0f\x64ocument_starts\x18\t \x01(\x0c\x12\x17\n\x0f\x64ocument_counts\x18\n \x01(\x0c\x12\x17\n\x0f\x65\x61rlier_cursors\x18\x0b \x01(\x0c\x32\x62\n\x04\x44\x61ta\x12Z\n\rStreamBatches\x12!.headrace.v1.StreamBatchesRequest\x1a\".headrace.v1.StreamBatchesResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,13 +35,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMBATCHESREQUEST']._serialized_start=65
   _globals['_STREAMBATCHESREQUEST']._serialized_end=178
   _globals['_OPENSTREAM']._serialized_start=181
-  _globals['_OPENSTREAM']._serialized_end=374
-  _globals['_CREDIT']._serialized_start=376
-  _globals['_CREDIT']._serialized_end=420
-  _globals['_STREAMBATCHESRESPONSE']._serialized_start=422
-  _globals['_STREAMBATCHESRESPONSE']._serialized_end=538
-  _globals['_LANEBATCH']._serialized_start=541
-  _globals['_LANEBATCH']._serialized_end=753
-  _globals['_DATA']._serialized_start=755
-  _globals['_DATA']._serialized_end=853
+  _globals['_OPENSTREAM']._serialized_end=394
+  _globals['_CREDIT']._serialized_start=396
+  _globals['_CREDIT']._serialized_end=440
+  _globals['_STREAMBATCHESRESPONSE']._serialized_start=443
+  _globals['_STREAMBATCHESRESPONSE']._serialized_end=578
+  _globals['_LANEBATCH']._serialized_start=581
+  _globals['_LANEBATCH']._serialized_end=818
+  _globals['_DATA']._serialized_start=820
+  _globals['_DATA']._serialized_end=918
 # @@protoc_insertion_point(module_scope)

@@ -58,6 +58,7 @@ class OpenStream(_message.Message):
     CURSORS_FIELD_NUMBER: _builtins.int
     CREDITS_FIELD_NUMBER: _builtins.int
     DOCUMENTS_FIELD_NUMBER: _builtins.int
+    MOST_STEPS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     generation: _builtins.int
     rank: _builtins.int
@@ -69,6 +70,8 @@ class OpenStream(_message.Message):
     """steps that may be sent before the first Credit"""
     documents: _builtins.bool
     """send where documents begin"""
+    most_steps: _builtins.int
+    """that may come in one message; 0: one"""
     @_builtins.property
     def cursors(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Cursor]:
         """One for each lane asked for. A cursor of an earlier step is wound forward by the worker."""
@@ -85,10 +88,11 @@ class OpenStream(_message.Message):
         cursors: _abc.Iterable[_common_pb2.Cursor] | None = ...,
         credits: _builtins.int = ...,
         documents: _builtins.bool = ...,
+        most_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credits", b"credits", "cursors", b"cursors", "documents", b"documents", "end_slot", b"end_slot", "first_slot", b"first_slot", "from_step", b"from_step", "generation", b"generation", "rank", b"rank", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credits", b"credits", "cursors", b"cursors", "documents", b"documents", "end_slot", b"end_slot", "first_slot", b"first_slot", "from_step", b"from_step", "generation", b"generation", "most_steps", b"most_steps", "rank", b"rank", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -120,7 +124,7 @@ Global___Credit: _TypeAlias = Credit  # noqa: Y015
 
 @_typing.final
 class StreamBatchesResponse(_message.Message):
-    """Everything that a stream carries of one step."""
+    """Everything that a stream carries of one step, or of some consecutive ones under one plan."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -128,10 +132,14 @@ class StreamBatchesResponse(_message.Message):
     PLAN_VERSION_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
     LANES_FIELD_NUMBER: _builtins.int
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
+    """the first of them"""
     plan_version: _builtins.int
     degraded: _builtins.bool
     """composed with the last plan, because no seal came"""
+    num_steps: _builtins.int
+    """0: one"""
     @_builtins.property
     def lanes(self) -> _containers.RepeatedCompositeFieldContainer[Global___LaneBatch]: ...
     def __init__(
@@ -141,10 +149,11 @@ class StreamBatchesResponse(_message.Message):
         plan_version: _builtins.int = ...,
         degraded: _builtins.bool = ...,
         lanes: _abc.Iterable[Global___LaneBatch] | None = ...,
+        num_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "lanes", b"lanes", "plan_version", b"plan_version", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "lanes", b"lanes", "num_steps", b"num_steps", "plan_version", b"plan_version", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -164,10 +173,12 @@ class LaneBatch(_message.Message):
     CURSOR_AFTER_FIELD_NUMBER: _builtins.int
     DOCUMENT_STARTS_FIELD_NUMBER: _builtins.int
     DOCUMENT_COUNTS_FIELD_NUMBER: _builtins.int
+    EARLIER_CURSORS_FIELD_NUMBER: _builtins.int
     lane: _builtins.int
     first_slot: _builtins.int
-    """of the first sequence here; the others follow on"""
+    """of a step's first sequence here; the others follow on"""
     num_sequences: _builtins.int
+    """of all steps together: step after step, equally many of each"""
     tokens: _builtins.bytes
     """Raw little-endian [num_sequences, sequence_length + 1], uint16 if the vocabulary fits, else uint32."""
     domain_ids: _builtins.bytes
@@ -177,7 +188,7 @@ class LaneBatch(_message.Message):
     places: _builtins.bytes
     """little-endian uint32 [num_sequences, 3]: epoch, window, sequence"""
     cursor_after: _builtins.bytes
-    """little-endian uint32 [domains, 3]: the whole lane's, after this step"""
+    """little-endian uint32 [domains, 3]: the whole lane's, after the last step"""
     document_starts: _builtins.bytes
     """Where documents begin within sequences, sequence after sequence, rising within each; a
     sequence's own start goes without saying. Only if asked for. Little-endian, uint16 if
@@ -185,6 +196,8 @@ class LaneBatch(_message.Message):
     """
     document_counts: _builtins.bytes
     """the same dtype, [num_sequences]: how many of these each has"""
+    earlier_cursors: _builtins.bytes
+    """little-endian uint32 [steps - 1, domains, 3]: after each step before it"""
     def __init__(
         self,
         *,
@@ -198,10 +211,11 @@ class LaneBatch(_message.Message):
         cursor_after: _builtins.bytes = ...,
         document_starts: _builtins.bytes = ...,
         document_counts: _builtins.bytes = ...,
+        earlier_cursors: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor_after", b"cursor_after", "document_counts", b"document_counts", "document_starts", b"document_starts", "domain_ids", b"domain_ids", "first_slot", b"first_slot", "lane", b"lane", "num_sequences", b"num_sequences", "num_tokens", b"num_tokens", "places", b"places", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor_after", b"cursor_after", "document_counts", b"document_counts", "document_starts", b"document_starts", "domain_ids", b"domain_ids", "earlier_cursors", b"earlier_cursors", "first_slot", b"first_slot", "lane", b"lane", "num_sequences", b"num_sequences", "num_tokens", b"num_tokens", "places", b"places", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

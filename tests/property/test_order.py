@@ -268,6 +268,34 @@ def test_a_lane_goes_on_from_its_cursor_at_every_position(packing: str) -> None:
                     _same(one, other)
 
 
+@pytest.mark.parametrize("slots", [(0, 6), (1, 5)])
+@pytest.mark.parametrize("sizes", [[14], [1, 2, 3, 8], [5, 5, 1, 3]])
+def test_steps_composed_together_are_the_same_as_one_by_one(
+    sizes: list[int], slots: tuple[int, int]
+) -> None:
+    with _token_corpus(_CORPUS, lanes=2, global_sequences=6, sequence_length=8) as (
+        spec,
+        _,
+        source,
+    ):
+        book = _book(spec)
+        one_by_one = _run(spec, source, book, lanes=[0, 1], steps=range(14), slots=slots)
+        zeros = np.zeros((2, 3), np.uint32)
+        composer = Composer(
+            source, {Lane(0): zeros, Lane(1): zeros}, first_slot=slots[0], end_slot=slots[1]
+        )
+        step = 0
+        for size in sizes:
+            counts = np.stack([book.counts(Step(step + index)) for index in range(size)])
+            together = composer.compose_steps(Step(step), counts)
+            for lane in together:
+                assert lane.num_steps == size
+                for index in range(size):
+                    _same(one_by_one[step + index][lane.lane], lane.at(index))
+            step += size
+        composer.close()
+
+
 def test_a_place_is_a_function_of_the_last_sequence_however_it_was_reached() -> None:
     with _token_corpus(_CORPUS, lanes=2, sequence_length=8) as (spec, _, source):
         zeros = np.zeros((2, 3), np.uint32)

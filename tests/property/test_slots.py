@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protos.slots import deal, lane_counts, lanes_of, rank_slots
+from protos.slots import deal, deal_steps, lane_counts, lanes_of, rank_slots
 from protos.types import Step
 
 
@@ -32,6 +32,19 @@ def test_every_lane_gets_its_even_part_of_every_domain(
     assert (by_lane.sum(axis=0) == counts).all()
     assert (by_lane.max(axis=0) - by_lane.min(axis=0) <= 1).all()
     assert (by_lane == lane_counts(counts, lanes=lanes, seed=seed, step=step)).all()
+
+
+@given(steps(), st.integers(1, 9))
+def test_steps_dealt_together_are_dealt_as_one_by_one(
+    case: tuple[np.ndarray, int, int, Step], num_steps: int
+) -> None:
+    counts, lanes, seed, step = case
+    # Each step has its own counts: the domains change places.
+    all_counts = np.stack([np.roll(counts, index) for index in range(num_steps)])
+    dealt = deal_steps(all_counts, lanes=lanes, seed=seed, step=step)
+    for index in range(num_steps):
+        alone = deal(all_counts[index], lanes=lanes, seed=seed, step=Step(step + index))
+        assert (dealt[index] == alone).all()
 
 
 @given(steps())

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protos.keyed import permutation, raw_uint64
+from protos.keyed import permutation, raw_uint64, raw_uint64_many
 
 
 def test_the_bits_of_a_key_never_change() -> None:
@@ -17,6 +17,15 @@ def test_the_bits_of_a_key_never_change() -> None:
 @given(size=st.integers(0, 300), key=st.lists(st.integers() | st.text(), max_size=4))
 def test_a_permutation_holds_everything_once(size: int, key: list[int | str]) -> None:
     assert sorted(permutation(size, *key)) == list(range(size))
+
+
+@given(size=st.integers(0, 11), num_keys=st.integers(0, 40), seed=st.integers(0, 2**64))
+def test_the_bits_of_many_keys_are_those_of_each(size: int, num_keys: int, seed: int) -> None:
+    tails = [(number, f"lane {number % 3}") for number in range(num_keys)]
+    together = raw_uint64_many(size, seed, "slots", tails=tails)
+    assert together.shape == (num_keys, size)
+    for bits, tail in zip(together, tails, strict=True):
+        assert bits.tolist() == raw_uint64(size, seed, "slots", *tail).tolist()
 
 
 def test_keys_that_look_alike_differ() -> None:
