@@ -35,6 +35,13 @@ class Composer:
             for lane, places in sorted(cursors.items())
         }
 
+    @property
+    def step_bytes(self) -> int:
+        """How much the tokens of a step take."""
+        spec = self._spec
+        rows = min(len(self._lanes) * spec.slots_per_lane, len(self._slots))
+        return rows * (spec.sequence_length + 1) * spec.token_dtype.itemsize
+
     def prepare(self, shares: Sequence[float]) -> None:
         """Have the windows of the domains that have a share opened ahead, largest share first."""
         for domain in sorted(range(len(shares)), key=lambda domain: -shares[domain]):

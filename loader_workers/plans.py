@@ -28,11 +28,11 @@ _LONGEST_WAIT_S = 1.0
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Turn:
-    """A step that may be composed now."""
+    """A step that may be composed now, or some consecutive ones under one plan."""
 
     plan_version: int
     counts: NDArray[np.int64]
-    """[domains]"""
+    """[steps, domains]"""
 
     shares: tuple[float, ...]
     """[domains]: of the mixture in force."""
@@ -126,16 +126,18 @@ class PlanBoard:
         step: Step,
         generation: Generation,
         *,
-        may_send: Callable[[], bool | None],
+        may_send: Callable[[], int | None],
         needed_step: Callable[[], int],
+        most_steps: int = 1,
     ) -> Turn | None:
-        """Wait until a step may be composed, and return its counts.
+        """Wait until a step may be composed; return its counts and those of steps after it.
 
         Args:
             step: the step to compose.
             generation: the stream's.
-            may_send: whether the stream has a credit; None when its rank is gone.
+            may_send: how many steps the stream has credits for; None when its rank is gone.
             needed_step: the step that the rank waits for now; -1: it does not wait.
+            most_steps: so many at most, of those that may be composed now as well.
 
         Returns:
             None when the rank is gone.
@@ -152,12 +154,12 @@ class PlanBoard:
                     return None
                 self._check_generation(generation)
                 if credit and step <= self.sealed_through:
-                    return self._turn(step, degraded=False)
+                    return self._turn(step, self._fitting(step, min(credit, most_steps)))
                 silence_s = self._now() - self._heard_at
                 wait_s = _LONGEST_WAIT_S
                 if credit and needed_step() >= step and self._book.plans:
                     if silence_s >= self._spec.degraded_after_s:
-                        return self._turn(step, degraded=True)
+                        return self._turn(step, 1, degraded=True)
                     wait_s = min(wait_s, self._spec.degraded_after_s - silence_s)
                 self.changed.wait(wait_s)
 
@@ -203,15 +205,21 @@ class PlanBoard:
                 f"generation {generation} has ended, {self.generation} is the newest; join again"
             )
 
-    def _turn(self, step: Step, *, degraded: bool) -> Turn:
+    def _fitting(self, step: Step, most_steps: int) -> int:
+        """Return how many of the steps are sealed, and under one plan with the first."""
+        end = min(step + most_steps, self.sealed_through + 1)
+        following = self._book.next_change(step)
+        return (end if following is None else min(end, following)) - step
+
+    def _turn(self, step: Step, num_steps: int, *, degraded: bool = False) -> Turn:
         plan = self._book.plan_at(step)
         # Said before it is composed: a controller that comes back must not plan this step anew.
-        self.composed_through = max(self.composed_through, step)
+        self.composed_through = max(self.composed_through, step + num_steps - 1)
         if degraded:
             self._degraded.add(step)
         return Turn(
             plan_version=plan.version,
-            counts=self._book.counts(step),
+            counts=np.stack([self._book.counts(Step(step + n)) for n in range(num_steps)]),
             shares=plan.mixture.shares,
             degraded=degraded,
         )

@@ -14,6 +14,9 @@ from protos.errors import InvalidMessage, NotReady, WrongRun
 from protos.spec import RunSpec
 from protos.types import Credit, OpenStream, PlanEvent, Step, StepBatch
 
+_MESSAGE_BYTES = 1 << 20
+"""Of tokens: with more, a message costs as much a step as with fewer steps, and is later."""
+
 _FORGET_EVERY = 1024
 _STEPS_REMEMBERED = 8192
 """Plans of so many steps before the slowest stream's are kept, for cursors that lie behind."""
@@ -60,14 +63,14 @@ class _Listener:
                 self._gone = True
                 self._changed.notify_all()
 
-    def may_send(self) -> bool | None:
-        """Say whether there is a credit; None: the rank is gone."""
-        return None if self._gone else self._credits > 0
+    def may_send(self) -> int | None:
+        """Return how many steps there are credits for; None: the rank is gone."""
+        return None if self._gone else self._credits
 
-    def spend(self) -> None:
-        """Take one credit for a step that is about to be sent."""
+    def spend(self, num_steps: int) -> None:
+        """Take the credits for steps that are about to be sent."""
         with self._changed:
-            self._credits -= 1
+            self._credits -= num_steps
 
 
 class LoaderService:
@@ -159,12 +162,14 @@ class LoaderService:
         self, opening: OpenStream, board: PlanBoard, listener: _Listener, composer: Composer
     ) -> Iterator[StepBatch]:
         step, plan_version = opening.from_step, -1
+        most_steps = most_in_a_message(opening, composer.step_bytes)
         while True:
             turn = board.wait_turn(
                 step,
                 opening.generation,
                 may_send=listener.may_send,
                 needed_step=lambda: listener.needed_step,
+                most_steps=most_steps,
             )
             if turn is None:
                 return
@@ -179,12 +184,13 @@ class LoaderService:
                 step=step,
                 plan_version=turn.plan_version,
                 degraded=turn.degraded,
-                lanes=composer.compose(step, turn.counts),
+                lanes=composer.compose_steps(step, turn.counts),
+                num_steps=len(turn.counts),
             )
-            listener.spend()
+            listener.spend(batch.num_steps)
             self._count(batch, listener, started)
             yield batch
-            step = Step(step + 1)
+            step = Step(step + batch.num_steps)
 
     def _count(self, batch: StepBatch, listener: _Listener, started: float) -> None:
         waited_since = max(started, listener.needed_since)
@@ -195,7 +201,8 @@ class LoaderService:
             self._sequences_served += sum(len(lane.domain_ids) for lane in batch.lanes)
             listener.step = batch.step
             oldest = min(each.step for each in self._listeners)
-        if batch.step % _FORGET_EVERY == 0:
+        end = batch.step + batch.num_steps
+        if (end - 1) // _FORGET_EVERY > (batch.step - 1) // _FORGET_EVERY:
             self._configured()[1].forget_before(Step(oldest - _STEPS_REMEMBERED))
 
     def _configured(self) -> tuple[WindowSource, PlanBoard]:
@@ -204,6 +211,11 @@ class LoaderService:
                 state = "stopping" if self._stopped else "waiting for the run's settings"
                 raise NotReady(f"the loader worker is {state}; ask again or ask another")
             return self._run
+
+
+def most_in_a_message(opening: OpenStream, step_bytes: int) -> int:
+    """Return how many steps of so many bytes each go into one message at most."""
+    return max(min(opening.most_steps, _MESSAGE_BYTES // max(step_bytes, 1)), 1)
 
 
 def check_opening(opening: OpenStream, spec: RunSpec) -> None:

@@ -27,17 +27,32 @@ def apportion(
     Among the domains with a fraction of a sequence due, those with the largest carry plus fraction
     get one more; ties go by domain order.
     """
-    if not 1 <= global_sequences <= MAX_GLOBAL_SEQUENCES:
-        raise ValueError(
-            f"global_sequences must be in 1..{MAX_GLOBAL_SEQUENCES}, got {global_sequences}"
-        )
-    due = np.asarray(mixture.shares_q32, dtype=np.int64) * global_sequences
-    counts, fractions = np.divmod(due, SHARE_ONE)
-    num_left = global_sequences - int(counts.sum())
-    candidates = np.flatnonzero(fractions)
-    by_claim = np.argsort(-(carry[candidates] + fractions[candidates]), kind="stable")
-    counts[candidates[by_claim[:num_left]]] += 1
-    return counts, carry + due - counts * SHARE_ONE
+    return Apportionment(mixture, global_sequences=global_sequences).step(carry)
+
+
+class Apportionment:
+    """What is the same for all steps under one mixture."""
+
+    def __init__(self, mixture: Mixture, *, global_sequences: int) -> None:
+        if not 1 <= global_sequences <= MAX_GLOBAL_SEQUENCES:
+            raise ValueError(
+                f"global_sequences must be in 1..{MAX_GLOBAL_SEQUENCES}, got {global_sequences}"
+            )
+        self.mixture = mixture
+        due = np.asarray(mixture.shares_q32, dtype=np.int64) * global_sequences
+        self._floors, self._fractions = np.divmod(due, SHARE_ONE)
+        self._num_left = global_sequences - int(self._floors.sum())
+        self._candidates = np.flatnonzero(self._fractions)
+
+    def step(self, carry: Carry) -> tuple[NDArray[np.int64], Carry]:
+        """Return a step's [domains] counts and the carry after it; see `apportion`."""
+        due = carry + self._fractions
+        by_claim = np.argsort(-due[self._candidates], kind="stable")
+        one_more = self._candidates[by_claim[: self._num_left]]
+        counts = self._floors.copy()
+        counts[one_more] += 1
+        due[one_more] -= SHARE_ONE
+        return counts, due
 
 
 def no_carry(num_domains: int) -> Carry:

@@ -8,9 +8,9 @@ from collections import OrderedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from protos.apportion import Carry, apportion
+from protos.apportion import Apportionment, Carry
 from protos.errors import InvalidMessage
-from protos.types import Plan, Step
+from protos.types import Mixture, Plan, Step
 
 _STEPS_KEPT = 512
 """Steps whose counts are remembered; ranks ask for a few around the newest."""
@@ -26,6 +26,7 @@ class PlanBook:
         self._global_sequences = global_sequences
         self._plans: list[Plan] = []
         self._steps: OrderedDict[Step, tuple[NDArray[np.int64], Carry, Plan]] = OrderedDict()
+        self._apportioned: Apportionment | None = None
         self.sealed_through = -1
 
     @property
@@ -89,6 +90,11 @@ class PlanBook:
             raise InvalidMessage(f"no plan for step {step} is known; the first one known: {first}")
         return self._plans[index]
 
+    def next_change(self, step: Step) -> Step | None:
+        """Return the first step after `step` that another plan begins with; None: not known."""
+        index = bisect_right(self._plans, step, key=lambda plan: plan.first_step)
+        return self._plans[index].first_step if index < len(self._plans) else None
+
     def counts(self, step: Step) -> NDArray[np.int64]:
         """Return the [domains] counts of a step, under the plan in force there."""
         return self._at(step)[0]
@@ -106,15 +112,20 @@ class PlanBook:
             return known
         at, carry = self._start_for(step, plan)
         while True:
-            counts, carry = apportion(
-                plan.mixture, global_sequences=self._global_sequences, carry=carry
-            )
+            counts, carry = self._apportionment(plan.mixture).step(carry)
             self._steps[at] = (counts, carry, plan)
             if len(self._steps) > _STEPS_KEPT:
                 self._steps.popitem(last=False)
             if at == step:
                 return self._steps[at]
             at = Step(at + 1)
+
+    def _apportionment(self, mixture: Mixture) -> Apportionment:
+        known = self._apportioned
+        if known is None or known.mixture is not mixture:
+            known = Apportionment(mixture, global_sequences=self._global_sequences)
+            self._apportioned = known
+        return known
 
     def _start_for(self, step: Step, plan: Plan) -> tuple[Step, Carry]:
         """Return the latest step at or before `step` whose incoming carry is known."""

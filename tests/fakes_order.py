@@ -209,7 +209,7 @@ class RunInProcess:
             for stream in rank.streams:
                 if rank.buffer.next_step(stream.lanes[0]) == step:
                     self.prefetch(rank, stream, 1)
-            taken.append(assemble(rank.buffer.take(step), rank.slots))
+            taken.append(assemble(rank.buffer.take(step), rank.slots, step))
         self.next_step = Step(step + 1)
         self.cursors = [delivered.cursors for delivered in taken]
         _check_shared_lanes(self.cursors)

@@ -22,6 +22,7 @@ from protos.errors import (
     Retryable,
     WorkerUnreachable,
 )
+from protos.spec import RunSpec
 from protos.types import Cursors, Lane, LaneBatch, LaneEndpoint, LaneTable, Step, StepBatch
 from trainer_client.joining import Membership
 from trainer_client.lane_stream import LaneStream, group_lanes
@@ -39,6 +40,12 @@ _MOST_LEAD_STEPS = 256
 _ASK_TIMEOUT_S = 1.0
 _PACE_WEIGHT = 0.2
 """Of the newest step in the running mean of the time that steps take."""
+
+
+_STEPS_AHEAD = 3
+_BYTES_AHEAD = 4 << 20
+_MOST_STEPS_AHEAD = 128
+"""Short steps are asked for further ahead: the way of a message is longer than they take."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -73,16 +80,11 @@ class Feed:
     """
 
     def __init__(
-        self,
-        member: Membership,
-        control: ControlClient,
-        *,
-        prefetch_steps: int = 3,
-        documents: bool = False,
+        self, member: Membership, control: ControlClient, *, documents: bool = False
     ) -> None:
         self._member = member
         self._control = control
-        self._prefetch_steps = prefetch_steps
+        self._prefetch_steps = steps_ahead(member.spec, member.slots)
         self._documents = documents
         self._consumed_through = member.first_step - 1
         self._lock = threading.Lock()
@@ -222,7 +224,7 @@ class Feed:
             self._taken_s = now
             for stream in self._streams:
                 stream.tell(consumed_through=step)
-        return assemble(parts, self._member.slots)
+        return assemble(parts, self._member.slots, step)
 
     def _wait_for(self, step: Step) -> None:
         timeout_s = self._member.spec.data_timeout_s
@@ -289,13 +291,21 @@ def _misses(stream: LaneStream, step: Step, missing: Sequence[Lane]) -> bool:
     return step in stream.steps and not set(missing).isdisjoint(stream.lanes)
 
 
-def assemble(parts: dict[Lane, tuple[StepBatch, LaneBatch]], slots: range) -> DeliveredStep:
+def steps_ahead(spec: RunSpec, slots: range) -> int:
+    """Return how many steps are asked for before they are consumed: so many, or so many bytes."""
+    step_bytes = len(slots) * (spec.sequence_length + 1) * spec.token_dtype.itemsize
+    return max(_STEPS_AHEAD, min(_BYTES_AHEAD // step_bytes, _MOST_STEPS_AHEAD))
+
+
+def assemble(
+    parts: dict[Lane, tuple[StepBatch, LaneBatch]], slots: range, step: Step
+) -> DeliveredStep:
     """Lay the lanes' sequences of one step side by side, in slot order."""
     batches = [batch for batch, _ in parts.values()]
     lanes = sorted((part for _, part in parts.values()), key=lambda part: part.first_slot)
     documents = [part.documents for part in lanes if part.documents is not None]
     delivered = DeliveredStep(
-        step=batches[0].step,
+        step=step,
         plan_version=max(batch.plan_version for batch in batches),
         degraded=any(batch.degraded for batch in batches),
         slots=slots,

@@ -20,6 +20,10 @@ _RETRY = Retry(first_wait_s=0.05, max_wait_s=1.0)
 _TURN_SLICE_S = 0.5
 
 
+_CREDITS_A_ROUND = 4
+"""Messages that say how far the trainer has come, for as many steps as are asked for ahead."""
+
+
 class _Credits:
     """The credits of one opened stream; gRPC reads them on a thread of its own.
 
@@ -74,6 +78,7 @@ class LaneStream(threading.Thread):
         self._prefetch_steps = prefetch_steps
         self._documents = documents
         self._relocate = relocate
+        self._credits_apart = max(prefetch_steps // _CREDITS_A_ROUND, 1)
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._credits = _Credits()
@@ -95,8 +100,13 @@ class LaneStream(threading.Thread):
         """Say what the trainer consumed, and which step it waits for (-1: none)."""
         with self._lock:
             self._consumed_through = consumed_through
-            more = self._last_granted() - self._granted_through
-            if more > 0 or needed_step != self._needed_step:
+            last = self._last_granted()
+            more = last - self._granted_through
+            # Credits for short steps go together, those for the last steps at once.
+            if (
+                more >= (1 if last == self.steps.stop - 1 else self._credits_apart)
+                or needed_step != self._needed_step
+            ):
                 self._needed_step = needed_step
                 self._granted_through += max(more, 0)
                 self._credits.put(Credit(steps=max(more, 0), needed_step=needed_step))
@@ -213,6 +223,7 @@ class LaneStream(threading.Thread):
                 cursor_steps={lane: step for lane, (_, step) in places.items()},
                 credits=self._granted_through + 1 - from_step,
                 documents=self._documents,
+                most_steps=self._credits_apart,
             )
             self._credits = _Credits()
             if self._needed_step >= from_step:

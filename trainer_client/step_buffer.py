@@ -72,7 +72,7 @@ class StepBuffer:
             )
 
     def put(self, batch: StepBatch, lanes: Sequence[Lane]) -> None:
-        """Add one stream's part of a step: all of its lanes or none.
+        """Add one stream's part of some steps: all of its lanes or none.
 
         Raises:
             InvalidMessage: it is not what these lanes deliver next.
@@ -85,12 +85,15 @@ class StepBuffer:
                 )
             for part in batch.lanes:
                 self._check(batch.step, part)
-            parts = self._parts.setdefault(batch.step, {})
+            end = Step(batch.step + batch.num_steps)
+            for step in range(batch.step, end):
+                parts = self._parts.setdefault(Step(step), {})
+                for part in batch.lanes:
+                    parts[part.lane] = (batch, part)
             for part in batch.lanes:
-                parts[part.lane] = (batch, part)
-                self._next_steps[part.lane] = Step(batch.step + 1)
+                self._next_steps[part.lane] = end
                 self._cursors[part.lane] = part.cursor_after
-                self._cursor_steps[part.lane] = Step(batch.step + 1)
+                self._cursor_steps[part.lane] = end
             self._changed.notify_all()
 
     def _check(self, step: Step, part: LaneBatch) -> None:
@@ -98,7 +101,7 @@ class StepBuffer:
         if step != self._next_steps[part.lane]:
             raise InvalidMessage(f"{where}: expected step {self._next_steps[part.lane]}")
         wanted = self.lane_slots(part.lane)
-        got = range(part.first_slot, part.first_slot + len(part.tokens))
+        got = range(part.first_slot, part.first_slot + part.sequences_a_step)
         if got != wanted:
             raise InvalidMessage(f"{where}: asked for slots {wanted}, got {got}")
         num_domains = self._spec.num_domains
@@ -156,7 +159,8 @@ class StepBuffer:
     def take(self, step: Step) -> dict[Lane, tuple[StepBatch, LaneBatch]]:
         """Remove and return a step that is here."""
         with self._changed:
-            return self._parts.pop(step)
+            parts = self._parts.pop(step)
+        return {lane: (batch, part.at(step - batch.step)) for lane, (batch, part) in parts.items()}
 
     def fail(self, error: BaseException) -> None:
         """Make every wait for a step that is not here raise `error`; the first one stays."""

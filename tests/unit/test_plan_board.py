@@ -48,13 +48,22 @@ class _Board(PlanBoard):
             )
         )
 
-    def turn(self, step: int, *, needed_step: int = -1, generation: int = 1) -> Turn:
+    def turn(
+        self,
+        step: int,
+        *,
+        needed_step: int = -1,
+        generation: int = 1,
+        credits: int = 1,
+        most_steps: int = 1,
+    ) -> Turn:
         """Return the turn of a step that may be composed now."""
         found = self.wait_turn(
             Step(step),
             Generation(generation),
-            may_send=lambda: True,
+            may_send=lambda: credits,
             needed_step=lambda: needed_step,
+            most_steps=most_steps,
         )
         assert found is not None
         return found
@@ -96,6 +105,38 @@ def test_a_sealed_step_has_its_turn_with_the_plan_in_force() -> None:
     assert board.turn(5).shares == pytest.approx((0.8, 0.2))
     assert int(board.turn(5).counts.sum()) == SPEC.global_sequences
     assert board.would_wait(7)
+
+
+@pytest.mark.parametrize(
+    ("step", "credits", "most_steps", "num_steps"),
+    [
+        (0, 9, 9, 5),  # then comes another plan
+        (5, 9, 9, 3),  # then nothing is sealed
+        (5, 2, 9, 2),  # the credits end
+        (5, 9, 1, 1),
+        (7, 9, 9, 1),
+    ],
+)
+def test_steps_have_their_turn_together_as_far_as_seal_plan_and_credits_go(
+    step: int, credits: int, most_steps: int, num_steps: int
+) -> None:
+    board = _begun()
+    board.say(PLANS[1:], sealed_through=7)
+    turn = board.turn(step, credits=credits, most_steps=most_steps)
+    assert len(turn.counts) == num_steps
+    assert board.composed_through == step + num_steps - 1
+    for index in range(num_steps):
+        alone = board.turn(step + index)
+        assert alone.counts.tolist() == [turn.counts[index].tolist()]
+        assert alone.plan_version == turn.plan_version
+
+
+def test_a_degraded_step_has_its_turn_alone() -> None:
+    board = _begun()
+    board.clock = 11.0
+    turn = board.turn(2, needed_step=2, credits=9, most_steps=9)
+    assert (turn.degraded, len(turn.counts)) == (True, 1)
+    assert board.num_degraded == 1
 
 
 def test_an_unsealed_step_waits_while_the_controller_speaks() -> None:
@@ -167,7 +208,7 @@ def test_what_lanes_used_between_two_steps_is_the_sum_of_their_counts() -> None:
     for lane, start in starts.items():
         expected = sum(
             (
-                lane_counts(board.turn(step).counts, lanes=4, seed=SPEC.seed, step=Step(step))[lane]
+                lane_counts(board.turn(step).counts[0], lanes=4, seed=SPEC.seed, step=Step(step))[lane]
                 for step in range(start, 8)
             ),
             np.zeros(2, np.int64),
