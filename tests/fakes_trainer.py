@@ -128,6 +128,35 @@ def lane_batch(
     )
 
 
+def join_steps(batches: Sequence[StepBatch]) -> StepBatch:
+    """Put consecutive steps into one message."""
+    if len(batches) == 1:
+        return batches[0]
+    lanes = []
+    for parts in zip(*(batch.lanes for batch in batches), strict=True):
+        rows = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in ("tokens", "domain_ids", "num_tokens", "places")
+        }
+        lanes.append(
+            LaneBatch(
+                lane=parts[0].lane,
+                first_slot=parts[0].first_slot,
+                **rows,
+                cursor_after=parts[-1].cursor_after,
+                earlier_cursors=np.stack([part.cursor_after for part in parts[:-1]]),
+            )
+        )
+    first = batches[0]
+    return StepBatch(
+        step=first.step,
+        plan_version=first.plan_version,
+        degraded=first.degraded,
+        lanes=tuple(lanes),
+        num_steps=len(batches),
+    )
+
+
 class FakeWorker:
     """Composes by the book; can be told to break, to hang or to hold a step back."""
 
@@ -140,6 +169,9 @@ class FakeWorker:
 
         self.fail_with: HeadraceError | None = None
         self.held_step = 1 << 30
+        self.most_together = 1
+        """Steps that it puts into one message, if the rank lets it."""
+
         self.release = threading.Event()
         """Set: the held step may go out."""
 
@@ -175,8 +207,15 @@ class FakeWorker:
             if step in self.break_before:
                 self.break_before.remove(step)
                 raise NotReady("the worker was told to break here")
-            yield self.mangle(self._compose(opening, step))
-            step, left = step + 1, left - 1
+            count = self._num_together(opening, step, left)
+            yield self.mangle(join_steps([self._compose(opening, step + n) for n in range(count)]))
+            step, left = step + count, left - count
+
+    def _num_together(self, opening: OpenStream, step: int, credits: int) -> int:
+        """Return how many steps go into one message: never what a test wants to happen between."""
+        ends = [step + min(opening.most_steps, self.most_together, credits)]
+        ends += [end for end in (*self.break_before, self.held_step) if end > step]
+        return min(ends) - step
 
     def _compose(self, opening: OpenStream, step: int) -> StepBatch:
         wanted = range(opening.first_slot, opening.end_slot)

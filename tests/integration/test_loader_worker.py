@@ -140,6 +140,27 @@ def test_ranks_get_their_slots_of_what_a_direct_composition_gives(
     assert delivered == [16] * 10
 
 
+def test_short_steps_come_together_up_to_the_next_plan(tmp_path: Path) -> None:
+    corpus = _corpus(tmp_path)
+    expected = _direct(corpus, tmp_path, steps=10)
+    with (
+        _served(corpus, tmp_path) as (_, (worker,)),
+        whole_stream(corpus.spec, worker.endpoint, most_steps=3, credits=10) as rank,
+    ):
+        batches = rank.take(4)
+        # Plans begin with steps 0, 4 and 7.
+        assert [(batch.step, batch.num_steps) for batch in batches] == [
+            (0, 3),
+            (3, 1),
+            (4, 3),
+            (7, 3),
+        ]
+        for batch in batches:
+            for lane in batch.lanes:
+                for index in range(batch.num_steps):
+                    _same(lane.at(index), expected[batch.step + index][lane.lane])
+
+
 @pytest.mark.parametrize("behind", [0, 2, 5])
 def test_a_stream_opens_at_any_step_with_cursors_of_it_or_of_an_earlier_one(
     tmp_path: Path, behind: int

@@ -8,6 +8,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,13 +197,60 @@ def test_a_trainer_that_waits_says_for_which_step() -> None:
 
 
 def test_no_more_steps_are_sent_than_credits_allow() -> None:
-    with FakeRun(make_spec(num_steps=50), num_workers=1).serving() as run, connect(run) as session:
+    # Steps of 1.5 MB each, so that two are more than is asked for by bytes.
+    spec = make_spec(num_steps=50, sequence_length=1 << 16)
+    with FakeRun(spec, num_workers=1).serving() as run, connect(run) as session:
         batches = session.batches(12)
         next(batches)
         feed = session._feed
         assert feed is not None
         wait_until(lambda: feed.has(Step(3)))
         assert not feed.has(Step(4))
+
+
+def test_short_steps_are_asked_for_further_ahead_and_their_credits_go_together() -> None:
+    with FakeRun(make_spec(num_steps=500), num_workers=1).serving() as run, connect(run) as session:
+        batches = session.batches(12)
+        for step in range(200):
+            assert next(batches).step == step
+            feed = session._feed
+            assert feed is not None
+            wait_until(partial(feed.has, Step(step + 128 - 32)))
+            assert not feed.has(Step(step + 129))
+            session.end_step()
+        (worker,) = run.workers
+        assert worker.openings[0].credits == 128
+        # One as it waits for the first step and one as it has it, then one for each 32 steps.
+        assert len(worker.credits) <= 2 + 200 // 32
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 5])
+def test_steps_that_come_together_are_taken_one_by_one(num_workers: int, world_size: int) -> None:
+    spec = make_spec(num_steps=60)
+    with FakeRun(spec, num_workers=num_workers).serving() as run:
+        for number, worker in enumerate(run.workers):
+            worker.most_together = 4 + 3 * number
+            worker.break_before = {17, 18, 40}
+        seen: list[tuple[int, int]] = []
+        for rank in range(world_size):
+            run.controller.generation = rank + 1
+            with connect(run, rank=rank, world_size=world_size) as session:
+                batches = train(session, micro_batch=12, until=33)
+                state = session.state_dict()
+            # The places after a step in the middle of a message are those to go on from.
+            with connect(run, rank=rank, world_size=world_size, resume=state) as session:
+                seen += check_by_the_book(run, batches + train(session, micro_batch=12))
+        assert sorted(seen) == every_slot(run)
+
+
+def test_a_message_of_some_steps_that_are_not_next_is_refused() -> None:
+    with FakeRun(make_spec(num_steps=20), num_workers=1).serving() as run, connect(run) as session:
+        (worker,) = run.workers
+        worker.most_together = 4
+        worker.mangle = lambda batch: dataclasses.replace(batch, step=Step(batch.step + 1))
+        with pytest.raises(InvalidMessage, match="lane 0, step 1: expected step 0"):
+            train(session)
 
 
 def test_data_that_does_not_come_raises_in_time_with_the_cause(
@@ -404,14 +452,14 @@ def test_an_evaluation_that_is_none_is_refused(run: FakeRun) -> None:
 
 
 def test_training_goes_on_when_the_controller_hangs_and_lost_reports_are_counted() -> None:
-    with FakeRun(make_spec(num_steps=40)).serving() as run:
+    with FakeRun(make_spec(num_steps=300)).serving() as run:
         run.controller.hang_reports = True
         with connect(run) as session:
-            assert len(train(session, micro_batch=12)) == 40
+            assert len(train(session, micro_batch=12)) == 300
             assert session.reports_sent == 0
-            assert session.reports_dropped >= 40 - 16 - 1
+            assert session.reports_dropped >= 300 - 256 - 1
             session._reporter.close(timeout_s=0.0)
-        assert session.reports_dropped >= 39
+        assert session.reports_dropped >= 299
 
 
 def test_the_delivery_log_has_a_line_for_each_sequence_and_survives_a_torn_one(

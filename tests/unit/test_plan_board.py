@@ -208,7 +208,9 @@ def test_what_lanes_used_between_two_steps_is_the_sum_of_their_counts() -> None:
     for lane, start in starts.items():
         expected = sum(
             (
-                lane_counts(board.turn(step).counts[0], lanes=4, seed=SPEC.seed, step=Step(step))[lane]
+                lane_counts(board.turn(step).counts[0], lanes=4, seed=SPEC.seed, step=Step(step))[
+                    lane
+                ]
                 for step in range(start, 8)
             ),
             np.zeros(2, np.int64),
