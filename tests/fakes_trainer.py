@@ -134,17 +134,18 @@ def join_steps(batches: Sequence[StepBatch]) -> StepBatch:
         return batches[0]
     lanes = []
     for parts in zip(*(batch.lanes for batch in batches), strict=True):
-        rows = {
-            name: np.concatenate([getattr(part, name) for part in parts])
-            for name in ("tokens", "domain_ids", "num_tokens", "places")
-        }
+        documents = [part.documents for part in parts if part.documents is not None]
         lanes.append(
             LaneBatch(
                 lane=parts[0].lane,
                 first_slot=parts[0].first_slot,
-                **rows,
+                tokens=np.concatenate([part.tokens for part in parts]),
+                domain_ids=np.concatenate([part.domain_ids for part in parts]),
+                num_tokens=np.concatenate([part.num_tokens for part in parts]),
+                places=np.concatenate([part.places for part in parts]),
                 cursor_after=parts[-1].cursor_after,
                 earlier_cursors=np.stack([part.cursor_after for part in parts[:-1]]),
+                documents=DocumentStarts.join(documents) if documents else None,
             )
         )
     first = batches[0]

@@ -282,7 +282,11 @@ def test_steps_composed_together_are_the_same_as_one_by_one(
         one_by_one = _run(spec, source, book, lanes=[0, 1], steps=range(14), slots=slots)
         zeros = np.zeros((2, 3), np.uint32)
         composer = Composer(
-            source, {Lane(0): zeros, Lane(1): zeros}, first_slot=slots[0], end_slot=slots[1]
+            source,
+            {Lane(0): zeros, Lane(1): zeros},
+            first_slot=slots[0],
+            end_slot=slots[1],
+            documents=True,
         )
         step = 0
         for size in sizes:
@@ -291,6 +295,7 @@ def test_steps_composed_together_are_the_same_as_one_by_one(
             for lane in together:
                 assert lane.num_steps == size
                 for index in range(size):
+                    assert lane.documents is not None
                     _same(one_by_one[step + index][lane.lane], lane.at(index))
             step += size
         composer.close()
