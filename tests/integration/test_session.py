@@ -498,7 +498,7 @@ def test_a_controller_that_is_not_there_is_told_with_what_to_do() -> None:
     with pytest.raises(
         ControllerUnreachable,
         match=r"^cannot reach the controller at 127.0.0.1:1 after 0.5 s: start it "
-        r"\(headrace controller run.yaml\) or check the address and the firewall$",
+        r"\(headrace controller run.yaml\) or check the address, the firewall and, with TLS, ",
     ):
         trainer_client.connect("127.0.0.1:1", rank=0, world_size=1, timeout_s=0.5)
 
