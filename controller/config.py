@@ -126,6 +126,8 @@ class ProbeSection(Section):
     mode: Literal["sketch", "exact"] = "sketch"
     sketch_rows: Count = 64
     sketch_columns: Count = 64
+    projection: Literal["sign", "gaussian", "orthonormal"] = "sign"
+    draw: Literal["step", "run"] = "step"
     every_n_steps: Count = 1
     num_layers: Count = 3
     layers: tuple[str, ...] = ()

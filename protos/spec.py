@@ -14,6 +14,9 @@ STOP = "stop"
 ON_DAMAGE = (SKIP_SAMPLE, QUARANTINE_SHARD, STOP)
 """What is done about a sample that cannot be read: leave it out, leave its shard out, or stop."""
 
+PROJECTIONS = ("sign", "gaussian", "orthonormal")
+DRAWS = ("step", "run")
+
 
 CONCATENATE = "concatenate"
 BEST_FIT = "best_fit"
@@ -34,6 +37,12 @@ class ProbeSpec:
     sketch_columns: int = 64
     """q: columns of the projection Q of inputs (in x q)."""
 
+    projection: str = "sign"
+    """`sign` (random +-1), `gaussian` or `orthonormal` (random orthonormal columns); scaled."""
+
+    draw: str = "step"
+    """`step`: every step has projections of its own; `run`: one draw serves the whole run."""
+
     every_n_steps: int = 1
     num_layers: int = 3
     layers: tuple[str, ...] = ()
@@ -46,6 +55,12 @@ class ProbeSpec:
     def __post_init__(self) -> None:
         if self.mode not in ("sketch", "exact"):
             raise ValueError(f"probe.mode must be 'sketch' or 'exact', got {self.mode!r}")
+        if self.projection not in PROJECTIONS:
+            raise ValueError(
+                f"probe.projection must be one of {', '.join(PROJECTIONS)}, got {self.projection!r}"
+            )
+        if self.draw not in DRAWS:
+            raise ValueError(f"probe.draw must be one of {', '.join(DRAWS)}, got {self.draw!r}")
         for name in ("sketch_rows", "sketch_columns", "every_n_steps", "num_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"probe.{name} must be at least 1, got {getattr(self, name)}")

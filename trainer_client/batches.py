@@ -32,7 +32,8 @@ class Batch:
     packing where it is another document's first token"""
 
     domain_ids: torch.Tensor
-    """[sequences] int64: positions in the run's domains"""
+    """[sequences] int64: positions in the run's domains. Probe and losses take [sequences, tokens]
+    as well, where rows hold several domains; -1 there is of no domain."""
 
     step: Step
     slots: range

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -33,7 +32,9 @@ def probe_layers(model: nn.Module, spec: ProbeSpec) -> dict[str, nn.Linear]:
         chosen = {names[depth]: linears[names[depth]] for depth in sorted(set(depths))}
     for name, layer in chosen.items():
         _check_watchable(model, name, layer)
-    return chosen
+    # Layers that are tied to one another have one gradient, which the first of them stands for.
+    first_of = {id(layer.weight): name for name, layer in reversed(chosen.items())}
+    return {name: layer for name, layer in chosen.items() if first_of[id(layer.weight)] == name}
 
 
 def norm_layers(model: nn.Module) -> list[nn.Linear]:
@@ -124,9 +125,21 @@ def _check_watchable(model: nn.Module, name: str, layer: nn.Linear) -> None:
             f"layer {name} is frozen, so it has no gradient to watch: name other layers in the "
             "run file's probe.layers"
         )
-    owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-    if owners[id(layer.weight)] > 1:
-        raise ConfigError(
-            f"layer {name} shares its weight with another module, so its own inputs and outputs do "
-            "not give the whole gradient: name other layers in the run file's probe.layers"
-        )
+    for user_name, user in users_of_weight(model, layer).items():
+        if isinstance(user, nn.Embedding) and not (user.sparse or user.scale_grad_by_freq):
+            continue
+        if not isinstance(user, nn.Linear):
+            raise ConfigError(
+                f"layer {name} shares its weight with {user_name}, a {type(user).__name__}, so its "
+                "own inputs and outputs do not give the whole gradient: name other layers in the "
+                "run file's probe.layers"
+            )
+
+
+def users_of_weight(model: nn.Module, layer: nn.Linear) -> dict[str, nn.Module]:
+    """Return every module that holds the layer's weight, by name: tied layers are several."""
+    return {
+        _plain(name): module
+        for name, module in model.named_modules()
+        if any(parameter is layer.weight for parameter in module.parameters(recurse=False))
+    }

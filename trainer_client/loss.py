@@ -29,13 +29,19 @@ class DomainLosses:
 
     def add(self, losses: torch.Tensor, batch: Batch) -> None:
         """Count a micro-batch's per-token losses, zero where they do not count."""
-        rows = torch.stack(
-            (losses.detach().double().sum(dim=1), batch.loss_mask.sum(dim=1).double()), dim=1
-        )
+        domain_ids, counted = batch.domain_ids, batch.loss_mask.double()
+        summed = losses.detach().double()
+        if domain_ids.ndim == 1:
+            rows = torch.stack((summed.sum(dim=1), counted.sum(dim=1)), dim=1)
+        else:
+            # A token of domain -1 counts nowhere, like padding.
+            known = domain_ids.flatten() >= 0
+            rows = torch.stack((summed.flatten(), counted.flatten()), dim=1) * known[:, None]
+            domain_ids = domain_ids.flatten().clamp_min(0)
         if self._sums is None:
             shape = (self._num_domains, 2)
             self._sums = torch.zeros(shape, dtype=torch.float64, device=rows.device)
-        self._sums.index_add_(0, batch.domain_ids, rows)
+        self._sums.index_add_(0, domain_ids, rows)
 
     def finish(self) -> HostCopy | None:
         """Return [domains, 2] sums and counts, and begin anew; None: nothing was counted."""

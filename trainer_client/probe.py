@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -14,10 +17,14 @@ from protos.spec import ProbeSpec
 from protos.types import Step
 from trainer_client.batches import Batch
 from trainer_client.device_copy import HostCopy
-from trainer_client.layers import norm_layers, probe_layers
+from trainer_client.layers import norm_layers, probe_layers, users_of_weight
 from trainer_client.norms import WeightNorms
 from trainer_client.reduction import AlignmentPart, SketchReduction
 from trainer_client.sketch import LayerSketch
+from trainer_client.taps import EmbeddingTap, LinearTap, make_tap
+from trainer_client.watch import Clock, Tap
+
+ForwardHook = Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -27,6 +34,7 @@ class ProbeStep:
     alignment: AlignmentPart | None
     norms: HostCopy | None
     probe_s: float
+    """Host seconds; what torch.compile compiled into the model is not in it."""
 
 
 class GradientProbe:
@@ -55,51 +63,73 @@ class GradientProbe:
         self.layer_names = tuple(layers)
         self._spec = spec
         self._device = devices.pop()
-        self._batch: Batch | None = None
-        self._probe_s = 0.0
+        self._num_domains = num_domains
+        self._domain_ids: torch.Tensor | None = None
+        self._graph_ids: dict[torch.Size, torch.Tensor] = {}
+        self._clock = Clock()
         self._reduction = SketchReduction(world_size=world_size, device=self._device, ranks=ranks)
         self._sketches: list[LayerSketch] = []
+        self._taps: list[tuple[LayerSketch, LinearTap | EmbeddingTap]] = []
         self._handles: list[RemovableHandle] = []
         for index, (name, layer) in enumerate(layers.items()):
-            self._watch(index, name, layer, num_domains)
+            self._watch(index, name, layer, model)
         watched = norm_layers(model) if norms else []
         self._norms = WeightNorms(watched, seed=spec.seed & (2**63 - 1)) if watched else None
 
-    def _watch(self, index: int, name: str, layer: nn.Linear, num_domains: int) -> None:
+    def _watch(self, index: int, name: str, layer: nn.Linear, model: nn.Module) -> None:
         sketch = LayerSketch(
             spec=self._spec,
-            num_domains=num_domains,
+            num_domains=self._num_domains,
             layer_index=index,
             in_features=layer.in_features,
             out_features=layer.out_features,
             device=self._device,
         )
         self._sketches.append(sketch)
+        for user_name, user in users_of_weight(model, layer).items():
+            tap = make_tap(sketch, user, user_name or name)
+            self._taps.append((sketch, tap))
+            self._handles.append(user.register_forward_hook(self._hook(tap)))
 
-        def watch_forward(
-            _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
-        ) -> None:
+    def _hook(self, tap: LinearTap | EmbeddingTap) -> ForwardHook:
+        def tap_output(
+            _: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor
+        ) -> torch.Tensor | None:
             # Outside training, and in the first of the two forward passes of reentrant
             # checkpointing, there is no gradient to come. The non-reentrant kind never
             # back-propagates into what it recomputes. So either way a token counts once.
-            batch = self._batch
-            if batch is None or not output.requires_grad:
-                return
+            domain_ids = self._domain_ids
+            if domain_ids is None or not output.requires_grad:
+                return None
+            if torch.compiler.is_compiling():
+                return self._tap(tap, inputs, output, domain_ids, None)
             begun = time.perf_counter()
-            with torch.no_grad():
-                projected = sketch.project_inputs(by_sequence(inputs[0], batch, name))
-            self._probe_s += time.perf_counter() - begun
+            tapped = self._tap(tap, inputs, output, domain_ids, self._clock)
+            self._clock.elapsed_s += time.perf_counter() - begun
+            return tapped
 
-            def take_gradient(gradient: torch.Tensor) -> None:
-                begun = time.perf_counter()
-                with torch.no_grad():
-                    gradient = by_sequence(gradient, batch, name)
-                    sketch.add(gradient, projected, batch.domain_ids)
-                self._probe_s += time.perf_counter() - begun
+        return tap_output
 
-            output.register_hook(take_gradient)  # type: ignore[no-untyped-call]
-
-        self._handles.append(layer.register_forward_hook(watch_forward))
+    def _tap(
+        self,
+        tap: LinearTap | EmbeddingTap,
+        inputs: tuple[Any, ...],
+        output: torch.Tensor,
+        domain_ids: torch.Tensor,
+        clock: Clock | None,
+    ) -> torch.Tensor:
+        with torch.no_grad():
+            watched = tap.watch(inputs, output, domain_ids)
+        tapped: torch.Tensor = Tap.apply(  # type: ignore[no-untyped-call]
+            output,
+            watched.sketch.accumulator,
+            watched.kept,
+            watched.projection,
+            domain_ids,
+            watched.kept_is_rows,
+            clock,
+        )
+        return tapped
 
     def measures(self, step: Step) -> bool:
         """Tell whether gradients are measured in a step; all ranks say the same."""
@@ -109,14 +139,21 @@ class GradientProbe:
         """Say which micro-batch the model is about to see."""
         begun = time.perf_counter()
         if batch.first_of_step:
-            self._probe_s = 0.0
+            self._clock.elapsed_s = 0.0
             if self._norms is not None:
                 self._norms.before_first_step()
             if self.measures(batch.step):
                 for sketch in self._sketches:
                     sketch.begin(batch.step)
-        self._batch = batch if self.measures(batch.step) else None
-        self._probe_s += time.perf_counter() - begun
+        self._domain_ids = self._held(batch.domain_ids) if self.measures(batch.step) else None
+        self._clock.elapsed_s += time.perf_counter() - begun
+
+    def _held(self, domain_ids: torch.Tensor) -> torch.Tensor:
+        """Return the ids where a CUDA graph that was captured with others of that shape looks."""
+        if not domain_ids.is_cuda:
+            return domain_ids
+        held = self._graph_ids.setdefault(domain_ids.shape, torch.empty_like(domain_ids))
+        return held.copy_(domain_ids)
 
     def finish(self, step: Step, *, loss_scale: float) -> ProbeStep:
         """End a step after the optimizer's; starts the reduction over ranks and returns at once.
@@ -126,35 +163,23 @@ class GradientProbe:
             loss_scale: what the gradient of a domain's summed token loss was multiplied by.
         """
         begun = time.perf_counter()
-        self._batch = None
+        self._domain_ids = None
         alignment = None
         if self.measures(step):
+            self._add_tensor_parallel_parts()
             flat = torch.cat([sketch.sums.flatten(1) for sketch in self._sketches], dim=1)
             alignment = self._reduction.start(flat, scale=1 / loss_scale)
         norms = self._norms.after_step() if self._norms is not None else None
-        probe_s = self._probe_s + time.perf_counter() - begun
+        probe_s = self._clock.elapsed_s + time.perf_counter() - begun
         return ProbeStep(alignment=alignment, norms=norms, probe_s=probe_s)
+
+    def _add_tensor_parallel_parts(self) -> None:
+        for sketch, tap in self._taps:
+            if tap.tensor_mesh is not None:
+                dist.all_reduce(sketch.sums, group=tap.tensor_mesh.get_group())
 
     def close(self) -> None:
         """Take the hooks off; closing twice does no harm."""
-        self._batch = None
+        self._domain_ids = None
         while self._handles:
             self._handles.pop().remove()
-
-
-def by_sequence(hidden: torch.Tensor, batch: Batch, layer: str) -> torch.Tensor:
-    """View hidden states [sequences, tokens, size] or [sequences * tokens, size] as the former.
-
-    Raises:
-        ConfigError: they are not of this micro-batch.
-    """
-    num_sequences = len(batch.domain_ids)
-    if hidden.ndim == 3 and hidden.shape[0] == num_sequences:
-        return hidden
-    if hidden.ndim == 2 and hidden.shape[0] % num_sequences == 0:
-        return hidden.reshape(num_sequences, -1, hidden.shape[1])
-    raise ConfigError(
-        f"the gradient probe cannot tell which hidden states of layer {layer} belong to which of "
-        f"the micro-batch's {num_sequences} sequences: its shape is {tuple(hidden.shape)}; watch "
-        "layers whose states lie sequence by sequence (probe.layers)"
-    )

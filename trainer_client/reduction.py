@@ -82,7 +82,8 @@ class SketchReduction:
                 "as session.probe(model, ranks=[...])"
             )
         backend = "nccl" if device.type == "cuda" else "gloo"
-        group = dist.new_group(ranks, backend=backend)
+        # Ranks of other data-parallel groups (of tensor-parallel peers) name other members.
+        group = dist.new_group(ranks, backend=backend, use_local_synchronization=ranks is not None)
         assert isinstance(group, dist.ProcessGroup)
         self._group = group
         self._index = dist.get_group_rank(group, dist.get_rank())

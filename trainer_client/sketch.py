@@ -3,15 +3,15 @@
 For inputs a (tokens x in) and output gradients d (tokens x out) a domain's gradient is the sum over
 its tokens of d a^T. Its sketch is (dP)^T (aQ) with random P (out x p) and Q (in x q). If the means
 of P P^T and Q Q^T are identities, inner products of sketches are unbiased estimates of inner
-products of gradients. Random orthonormal columns, scaled, have that property as independent
-Gaussian entries have it, and less variance: a quarter less error at a width of 128 and p = q = 64,
-none where p >= out and q >= in.
+products of gradients. Three kinds of P and Q have that property: independent signs, independent
+Gaussian entries, and random orthonormal columns, all scaled.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from protos.keyed import raw_uint64
@@ -20,7 +20,11 @@ from protos.types import Step
 
 
 class LayerSketch:
-    """[domains, p, q] sums for one layer and one step; fixed buffers, no synchronisation."""
+    """[domains, p, q] sums for one weight and one step; fixed buffers, no synchronisation.
+
+    They are gathered as the gradient of `accumulator`, a tensor that stands in no formula of the
+    model (see `watch.Tap`): so whatever counts a parameter's gradient once counts them once.
+    """
 
     def __init__(
         self,
@@ -34,54 +38,75 @@ class LayerSketch:
     ) -> None:
         self._spec = spec
         self._layer_index = layer_index
-        self._projections: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._drawn = False
+        self.out_projection: torch.Tensor | None = None
+        """P, [out, p]; None: gradients are taken whole"""
+
+        self.in_projection: torch.Tensor | None = None
+        """Q, [in, q]"""
+
         rows, columns = out_features, in_features
         if spec.mode == "sketch":
             rows, columns = spec.sketch_rows, spec.sketch_columns
-            self._projections = (
-                torch.empty(out_features, rows, device=device),
-                torch.empty(in_features, columns, device=device),
-            )
-        self.sums = torch.zeros(num_domains, rows, columns, device=device)
+            self.out_projection = torch.empty(out_features, rows, device=device)
+            self.in_projection = torch.empty(in_features, columns, device=device)
+        self.accumulator = torch.zeros(
+            num_domains, rows, columns, device=device, requires_grad=True
+        )
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """[domains, p, q]: what was added since `begin`."""
+        if self.accumulator.grad is None:
+            self.accumulator.grad = torch.zeros_like(self.accumulator)
+        return self.accumulator.grad
 
     def begin(self, step: Step) -> None:
-        """Start a step: fresh projections, the same on every rank, and no sums."""
+        """Start a step: its projections, the same on every rank, and no sums."""
         self.sums.zero_()
-        if self._projections is None:
+        if self.out_projection is None or self.in_projection is None:
             return
-        seed = raw_uint64(1, self._spec.seed, "sketch", self._layer_index, int(step))[0]
-        generator = torch.Generator().manual_seed(int(seed >> 1))
-        for projection in self._projections:
-            drawn = draw_projection(len(projection), projection.shape[1], generator)
-            if projection.is_cuda:
-                drawn = drawn.pin_memory()
-            projection.copy_(drawn, non_blocking=True)
-
-    def project_inputs(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return [sequences, tokens, q] for inputs [sequences, tokens, in]."""
-        if self._projections is None:
-            return inputs.detach()
-        return inputs.detach() @ self._projections[1].to(inputs.dtype)
-
-    def add(
-        self, gradients: torch.Tensor, projected_inputs: torch.Tensor, domain_ids: torch.Tensor
-    ) -> None:
-        """Add a micro-batch: output gradients [sequences, tokens, out], each sequence's domain."""
-        if self._projections is not None:
-            gradients = gradients @ self._projections[0].to(gradients.dtype)
-        rows = torch.bmm(gradients.float().transpose(1, 2), projected_inputs.float())
-        self.sums.index_add_(0, domain_ids, rows)
+        if self._drawn and self._spec.draw == "run":
+            return
+        self._drawn = True
+        key = [self._spec.seed, self._layer_index]
+        if self._spec.draw == "step":
+            key.append(int(step))
+        for name, buffer in (("out", self.out_projection), ("in", self.in_projection)):
+            draw_projection(buffer, self._spec.projection, name, *key)
 
 
-def draw_projection(size: int, sketch_size: int, generator: torch.Generator) -> torch.Tensor:
-    """Return a random [size, sketch_size] matrix P; the mean of P P^T is the identity.
+def draw_projection(buffer: torch.Tensor, kind: str, *key: int | str) -> None:
+    """Fill [size, sketch_size] with a random P that depends on `key`; the mean of P P^T is I.
 
-    Drawn on the host, so that ranks on different devices agree.
+    Drawn on the host, so that ranks on different devices agree. A sketch that is as large as the
+    layer needs no chance: P is the identity then, and the estimate exact.
     """
-    tall = (max(size, sketch_size), min(size, sketch_size))
-    columns: torch.Tensor
-    columns, _ = torch.linalg.qr(torch.randn(tall, generator=generator))
+    size, sketch_size = buffer.shape
     if sketch_size >= size:
-        return columns.T.contiguous()
-    # They span a uniformly random subspace, whatever signs the factorisation chooses.
-    return columns * math.sqrt(size / sketch_size)
+        buffer.copy_(torch.eye(size, sketch_size))
+    elif kind == "sign":
+        _fill(buffer, _signs(size, sketch_size, *key))
+        buffer.mul_(sketch_size**-0.5)
+    else:
+        seed = int(raw_uint64(1, "sketch", *key)[0] >> 1)
+        drawn = torch.randn(size, sketch_size, generator=torch.Generator().manual_seed(seed))
+        scale = sketch_size**-0.5
+        if kind == "orthonormal":
+            # They span a uniformly random subspace, whatever signs the factorisation chooses.
+            drawn, scale = torch.linalg.qr(drawn)[0], math.sqrt(size / sketch_size)
+        _fill(buffer, drawn)
+        buffer.mul_(scale)
+
+
+def _signs(size: int, sketch_size: int, *key: int | str) -> torch.Tensor:
+    count = size * sketch_size
+    bits = np.unpackbits(raw_uint64(-(-count // 64), "sketch", *key).view(np.uint8), count=count)
+    # One byte an entry: a quarter of what would have to be copied to a GPU as floats.
+    return torch.from_numpy(bits.view(np.int8) * 2 - 1).view(size, sketch_size)
+
+
+def _fill(buffer: torch.Tensor, drawn: torch.Tensor) -> None:
+    if buffer.is_cuda:
+        drawn = drawn.pin_memory().to(buffer.device, non_blocking=True)
+    buffer.copy_(drawn)

@@ -113,6 +113,8 @@ class ProbeSpec(_message.Message):
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    PROJECTION_FIELD_NUMBER: _builtins.int
+    DRAW_FIELD_NUMBER: _builtins.int
     PART_NORMS_FIELD_NUMBER: _builtins.int
     mode: _builtins.str
     """"sketch" or "exact" """
@@ -121,6 +123,10 @@ class ProbeSpec(_message.Message):
     every_n_steps: _builtins.int
     num_layers: _builtins.int
     seed: _builtins.int
+    projection: _builtins.str
+    """"sign", "gaussian" or "orthonormal" """
+    draw: _builtins.str
+    """"step" or "run": how long a projection serves"""
     part_norms: _builtins.bool
     """measure the squared norms of the sequences' gradients"""
     @_builtins.property
@@ -137,11 +143,13 @@ class ProbeSpec(_message.Message):
         num_layers: _builtins.int = ...,
         layers: _abc.Iterable[_builtins.str] | None = ...,
         seed: _builtins.int = ...,
+        projection: _builtins.str = ...,
+        draw: _builtins.str = ...,
         part_norms: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["every_n_steps", b"every_n_steps", "layers", b"layers", "mode", b"mode", "num_layers", b"num_layers", "part_norms", b"part_norms", "seed", b"seed", "sketch_columns", b"sketch_columns", "sketch_rows", b"sketch_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draw", b"draw", "every_n_steps", b"every_n_steps", "layers", b"layers", "mode", b"mode", "num_layers", b"num_layers", "part_norms", b"part_norms", "projection", b"projection", "seed", b"seed", "sketch_columns", b"sketch_columns", "sketch_rows", b"sketch_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -35,7 +35,7 @@ def _alignment(
         if index == 0 or not batch.first_of_step:
             probe.begin(batch)
         else:  # another rank's first, which must not begin the step anew
-            probe._batch = batch
+            probe._domain_ids = batch.domain_ids
         summed_loss(model, batch).backward()  # type: ignore[no-untyped-call]
     measured = probe.finish(batches[0].step, loss_scale=1.0).alignment
     probe.close()

@@ -177,7 +177,7 @@ def test_hidden_states_of_another_shape_are_refused_with_the_layer() -> None:
     model = TinyModel()
     with watching(model, ProbeSpec(mode="exact")) as probe:
         probe.begin(make_batches([[0, 1, 2]])[0])
-        with pytest.raises(ConfigError, match=r"layer blocks.0.down .* 3 sequences.*\(2, 6, 24\)"):
+        with pytest.raises(ConfigError, match=r"layer blocks.0.down .* 3 sequences.*\(2, 6, 12\)"):
             model(torch.zeros(2, 6, dtype=torch.long))
 
 

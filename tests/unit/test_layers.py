@@ -8,7 +8,7 @@ from torch import nn
 
 from protos.errors import ConfigError
 from protos.spec import ProbeSpec
-from trainer_client.layers import norm_layers, probe_layers
+from trainer_client.layers import norm_layers, probe_layers, users_of_weight
 
 
 class Block(nn.Module):
@@ -60,10 +60,20 @@ def test_a_model_without_blocks_must_name_its_layers() -> None:
     assert norm_layers(nn.Sequential(nn.Linear(2, 2))) == []
 
 
-def test_a_tied_layer_is_refused() -> None:
+def test_layers_that_are_tied_to_one_another_count_as_one() -> None:
     model = Net(2)
     model.head.weight = model.embedding.weight
-    with pytest.raises(ConfigError, match="head shares its weight"):
+    model.blocks[1].down.weight = model.blocks[0].down.weight  # type: ignore[union-attr]
+    found = probe_layers(model, ProbeSpec(layers=("head", "*.down")))
+    assert list(found) == ["blocks.0.down", "head"]
+    assert list(users_of_weight(model, found["head"])) == ["embedding", "head"]
+
+
+def test_a_weight_that_a_layer_of_another_kind_holds_too_is_refused() -> None:
+    model = Net(2)
+    model.lookup = nn.EmbeddingBag(10, 4)
+    model.head.weight = model.lookup.weight
+    with pytest.raises(ConfigError, match="head shares its weight with lookup, a EmbeddingBag"):
         chosen(model, layers=("head",))
 
 
