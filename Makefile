@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/local
 
-.PHONY: install run test test-long bench-loader bench-worker lint types imports generated wheel check clean
+.PHONY: install run test test-long bench-loader bench-probe bench-sketch bench-worker lint types imports generated wheel check clean
 
 install: $(STAMP)
 
@@ -14,6 +14,7 @@ $(STAMP): constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/integration/torchtitan.txt
 	touch $(STAMP)
 
 # The whole system on this machine, on real text; ends with a short report. A run that is there
@@ -43,6 +44,15 @@ bench-loader: install .venv-bench/.installed
 # Text tokenized on the way, and what a jump of the mixture costs. Writes build/bench/worker.json.
 bench-worker: install
 	$(BIN)/python -m tests.benchmarks.bench_worker
+
+# What the gradient probe costs a step, on against off in turns. Writes build/bench/probe.json;
+# ARGS='--device cuda' measures a GPU.
+bench-probe: install
+	$(BIN)/python -m tests.benchmarks.bench_probe $(ARGS)
+
+# How far the probe's sketches are from exact gradients. Writes build/bench/sketch.json.
+bench-sketch: install
+	$(BIN)/python -m tests.benchmarks.bench_sketch $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -202,3 +202,13 @@ def quarantine_from_proto(message: common.Quarantine) -> Quarantine:
     return Quarantine(
         domain=message.domain, shard=message.shard, sample=message.sample, reason=message.reason
     )
+
+
+def spec_to_bytes(spec: RunSpec) -> bytes:
+    """Encode a run's settings, for a rank to hand on to those that share its rows."""
+    return spec_to_proto(spec).SerializeToString()
+
+
+def spec_from_bytes(data: bytes) -> RunSpec:
+    """Decode what `spec_to_bytes` made."""
+    return spec_from_proto(common.RunSpec.FromString(data))

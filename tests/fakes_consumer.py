@@ -34,6 +34,7 @@ from loader_workers.worker import DRAIN_S
 from protos.client import AdminClient
 from protos.status import RunStatus
 from tests.fakes_loader import write_token_shards
+from trainer_client.feed import Feed
 
 ROOT = Path(__file__).resolve().parents[1]
 DOMAINS = ("web", "code", "books")
@@ -176,7 +177,7 @@ class ConsumedRun:
         return {
             stream.endpoint
             for session in list(self.sessions)
-            if session._feed is not None
+            if isinstance(session._feed, Feed)
             for stream in list(session._feed._streams)
             if stream._stream is not None
         }

@@ -42,9 +42,10 @@ from protos.errors import (
 from protos.security import Security
 from trainer_client.batches import Batch
 from trainer_client.checkpoint import merge_states
+from trainer_client.connecting import connect
 from trainer_client.documents import Documents
 from trainer_client.probe import GradientProbe
-from trainer_client.session import Session, connect
+from trainer_client.session import Session
 
 __all__ = [
     "AccessRefused",

@@ -15,6 +15,7 @@ from trainer_client.documents import Documents, StepDocuments, find_documents, l
 
 if TYPE_CHECKING:
     from trainer_client.feed import DeliveredStep, Feed
+    from trainer_client.shared_feed import SharedFeed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -75,7 +76,9 @@ class StagedStep:
 class Stager:
     """Brings steps to the device; on CUDA the next step is copied while this one computes."""
 
-    def __init__(self, feed: Feed, device: torch.device, *, spec: RunSpec, documents: bool) -> None:
+    def __init__(
+        self, feed: Feed | SharedFeed, device: torch.device, *, spec: RunSpec, documents: bool
+    ) -> None:
         self._feed = feed
         self._device = device
         self._spec = spec

@@ -109,10 +109,11 @@ def _last_linear_of_blocks(model: nn.Module, linears: dict[str, nn.Linear]) -> l
     blocks = max(outermost, key=lambda name: len(lists[name]))
     found = []
     for index in range(len(lists[blocks])):
-        inside = [name for name in linears if name.startswith(f"{blocks}.{index}.")]
+        block = f"{blocks}.{index}"
+        inside = [name for name in linears if name == block or name.startswith(f"{block}.")]
         if not inside:
             raise ConfigError(
-                f"block {blocks}.{index} of the model has no nn.Linear: name the layers to watch "
+                f"block {block} of the model has no nn.Linear: name the layers to watch "
                 "in the run file's probe.layers"
             )
         found.append(inside[-1])

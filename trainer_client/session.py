@@ -3,93 +3,39 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import numpy as np
 import torch
 from torch import nn
 
-from protos.security import Security
 from protos.spec import BEST_FIT, RunSpec
 from protos.types import Cursors, Generation, ReportAnswer, Step, StepReport
-from trainer_client.batches import Batch, StagedStep, Stager, arrive, split
+from trainer_client.batches import Batch, Stager
 from trainer_client.checkpoint import pack_state, unpack_state
 from trainer_client.delivery_log import DeliveryLog
+from trainer_client.peers import Peers
 from trainer_client.probe import GradientProbe
-from trainer_client.ranks import resolve_rank
 from trainer_client.recorder import StepRecorder
 from trainer_client.reporter import PendingReport, Reporter
+from trainer_client.taken import TakenStep, TakenSteps, most_sequences
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
     from protos.client import ControlClient
     from trainer_client.feed import Feed
     from trainer_client.joining import Wanted
+    from trainer_client.shared_feed import SharedFeed
 
 
-def connect(
-    address: str,
-    *,
-    rank: int | None = None,
-    world_size: int | None = None,
-    run_id: str | None = None,
-    global_sequences: int | None = None,
-    sequence_length: int | None = None,
-    resume: Mapping[str, Any] | None = None,
-    timeout_s: float = 60.0,
-    delivery_log: Path | None = None,
-    security: Security | None = None,
-) -> Session:
-    """Join the run as a data-parallel rank; returns when all ranks are there.
-
-    Args:
-        address: the controller's `host:port`.
-        rank: this process; by default from torchrun's environment or torch.distributed.
-        world_size: of how many.
-        run_id: refuse any other run; by default HEADRACE_RUN_ID, else whichever the controller has.
-        global_sequences: refuse a run with another number of sequences in a step.
-        sequence_length: refuse a run with another length.
-        resume: what `Session.state_dict` returned, or `merge_states` of all ranks.
-        timeout_s: how long to wait for the controller, its workers and the other ranks.
-        delivery_log: folder for a line about each sequence received; None: no log.
-        security: the files by which to talk to controller and workers; by default those that
-            HEADRACE_CA, HEADRACE_JOIN_TOKEN_FILE, HEADRACE_CERT, HEADRACE_KEY and
-            HEADRACE_SERVER_NAME name.
-
-    Raises:
-        ControllerUnreachable: nobody answers at `address`.
-        JoinTimeout: not all ranks came in time.
-        Disagreement: ranks, or a rank and the run, differ in a setting, or `resume` is of another
-            order of the data.
-        NotAuthenticated: the controller does not know the token, or none was given.
-        ConfigError: rank, world size, address or `resume` are wrong in themselves.
-    """
-    # Here and not above, so that importing trainer_client does not import grpc.
-    from protos.client import ControlClient
-    from trainer_client.joining import Wanted
-
-    found_rank, found_world_size = resolve_rank(
-        rank=rank, world_size=world_size, environment=os.environ
-    )
-    wanted = Wanted(
-        rank=found_rank,
-        world_size=found_world_size,
-        run_id=os.environ.get("HEADRACE_RUN_ID", "") if run_id is None else run_id,
-        global_sequences=global_sequences or 0,
-        sequence_length=sequence_length or 0,
-        timeout_s=timeout_s,
-        security=security or Security.from_environment(os.environ),
-    )
-    control = ControlClient(address, security=wanted.security)
-    try:
-        return Session(control, wanted, resume=resume, delivery_log=delivery_log)
-    except BaseException:
-        control.close()
-        raise
+logger = logging.getLogger(__name__)
 
 
 class Session(StepRecorder):
@@ -102,22 +48,21 @@ class Session(StepRecorder):
         *,
         resume: Mapping[str, Any] | None,
         delivery_log: Path | None,
+        peers: Peers | None = None,
+        data_ranks: list[int] | None = None,
     ) -> None:
         self._control = control
+        self._peers = peers
+        self._data_ranks = data_ranks
         self._wanted = wanted
         self._log_folder = delivery_log
         self._log: DeliveryLog | None = None
-        self._feed: Feed | None = None
-        self._stager: Stager | None = None
+        self._feed: Feed | SharedFeed | None = None
+        self._taken: TakenSteps | None = None
         self._probe: GradientProbe | None = None
-        self._staged: StagedStep | None = None
-        self._all_yielded = False
+        self._warned_of_no_losses = False
         self._pid = os.getpid()
         self._closed = False
-        self._step_data_wait_s = 0.0
-        self.data_wait_s = 0.0
-        """Seconds in which training waited for data, in all."""
-
         self._join(resume)
         self._reporter = Reporter(self._send)
         self._step_began = time.perf_counter()
@@ -127,7 +72,15 @@ class Session(StepRecorder):
         from trainer_client.joining import join
 
         parsed = None if resume is None else unpack_state(resume)
-        self._member = member = join(self._control, self._wanted, parsed)
+        if self._peers is None:
+            self._member = join(self._control, self._wanted, parsed)
+        else:
+            from trainer_client.shared_feed import join_together
+
+            self._member = join_together(
+                self._peers, self._wanted, lambda: join(self._control, self._wanted, parsed)
+            )
+        member = self._member
         self._next_step = member.first_step
         # A cursor of an earlier step is no place before the first one, so no checkpoint has it.
         self._cursors: Cursors = {
@@ -141,6 +94,11 @@ class Session(StepRecorder):
     def spec(self) -> RunSpec:
         """What all processes of the run agree on."""
         return self._member.spec
+
+    @property
+    def _leads(self) -> bool:
+        """Tell whether this rank reads and reports for those that share its rows."""
+        return self._peers is None or self._peers.leads
 
     @property
     def rank(self) -> int:
@@ -161,6 +119,11 @@ class Session(StepRecorder):
     def first_step(self) -> Step:
         """The first step that this session trains."""
         return self._member.first_step
+
+    @property
+    def data_wait_s(self) -> float:
+        """Seconds in which training waited for data, in all."""
+        return 0.0 if self._taken is None else self._taken.data_wait_s
 
     @property
     def reports_sent(self) -> int:
@@ -196,7 +159,7 @@ class Session(StepRecorder):
             spec=self.spec.probe,
             num_domains=self.spec.num_domains,
             world_size=self.world_size,
-            ranks=ranks,
+            ranks=self._data_ranks if ranks is None else ranks,
             norms=norms,
         )
         return self._probe
@@ -207,6 +170,7 @@ class Session(StepRecorder):
         device: torch.device | str | None = None,
         *,
         documents: bool = False,
+        ahead: bool = False,
     ) -> Iterator[Batch]:
         """Yield the micro-batches of every step up to the run's last.
 
@@ -217,6 +181,8 @@ class Session(StepRecorder):
             micro_batch: sequences in a micro-batch; the last of a step may have fewer.
             device: where the tensors go; by default the CPU.
             documents: say in `Batch.documents` which document each token belongs to.
+            ahead: batches may be taken before those before them are trained, also of later
+                steps; then `use` must be called with each batch before the model sees it.
 
         Raises:
             WorkerUnreachable: a batch did not come within the run's `control.data_timeout_s`.
@@ -226,15 +192,28 @@ class Session(StepRecorder):
         self._check_process()
         if micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
-        if self._stager is None:
-            self._stager = self._open_feed(torch.device(device or "cpu"), documents=documents)
-        self._stager.check_documents(documents)
-        return self._iterate(self._stager, micro_batch)
+        if self._taken is None:
+            self._taken = self._open_feed(torch.device(device or "cpu"), documents=documents)
+        self._taken.stager.check_documents(documents)
+        batches = self._taken.batches(self._next_step, micro_batch)
+        return batches if ahead else self._one_by_one(batches, self._taken)
 
-    def _open_feed(self, device: torch.device, *, documents: bool) -> Stager:
+    def loader(
+        self,
+        micro_batch: int = 8,
+        device: torch.device | str | None = None,
+        *,
+        documents: bool = False,
+    ) -> DataLoader[Batch]:
+        """Return `batches(ahead=True)` as a DataLoader without worker processes."""
+        from trainer_client.loader import make_loader
+
+        return make_loader(self, micro_batch, device, documents=documents)
+
+    def _open_feed(self, device: torch.device, *, documents: bool) -> TakenSteps:
         from trainer_client.feed import Feed
 
-        if self._log_folder is not None:
+        if self._log_folder is not None and self._leads:
             self._log = DeliveryLog(
                 self._log_folder,
                 rank=self._member.rank,
@@ -243,38 +222,49 @@ class Session(StepRecorder):
             )
         # Without them the loss could not leave out what follows on a document by chance.
         needs_documents = documents or self.spec.packing == BEST_FIT
-        self._feed = Feed(self._member, self._control, documents=needs_documents)
-        self._step_began = time.perf_counter()
-        return Stager(self._feed, device, spec=self.spec, documents=documents)
+        feed = None
+        if self._leads:
+            feed = Feed(self._member, self._control, documents=needs_documents)
+        if self._peers is None:
+            self._feed = feed
+        else:
+            from trainer_client.shared_feed import SharedFeed
 
-    def _iterate(self, stager: Stager, micro_batch: int) -> Iterator[Batch]:
-        most_sequences = -(-self.spec.global_sequences // self.world_size)
-        while self._next_step < self.spec.num_steps:
-            staged = self._begin_step(stager)
-            for batch in split(staged, micro_batch=micro_batch, most_sequences=most_sequences):
-                self._all_yielded = batch.last_of_step
-                if batch.last_of_step and self._next_step + 1 < self.spec.num_steps:
-                    stager.look_ahead(Step(self._next_step + 1))
-                if self._probe is not None:
-                    self._probe.begin(batch)
-                yield batch
-            if self._staged is staged:
+            self._feed = SharedFeed(self._peers, feed)
+        assert self._feed is not None
+        self._step_began = time.perf_counter()
+        return TakenSteps(
+            Stager(self._feed, device, spec=self.spec, documents=documents),
+            num_steps=self.spec.num_steps,
+            most_sequences=most_sequences(self.spec.global_sequences, self.world_size),
+            log=self._log,
+        )
+
+    def _one_by_one(self, batches: Iterator[Batch], taken: TakenSteps) -> Iterator[Batch]:
+        for batch in batches:
+            self.use(batch)
+            yield batch
+            if batch.last_of_step and taken.open(batch.step):
                 raise ValueError(
-                    f"end_step() was not called after the last micro-batch of step "
-                    f"{self._next_step}: call it where batch.last_of_step is true"
+                    f"end_step() was not called after the last micro-batch of step {batch.step}: "
+                    "call it where batch.last_of_step is true"
                 )
 
-    def _begin_step(self, stager: Stager) -> StagedStep:
-        self._forget_recorded()
-        if self._staged is None:
-            began = time.perf_counter()
-            self._staged = stager.get(self._next_step)
-            self._step_data_wait_s = time.perf_counter() - began
-            self.data_wait_s += self._step_data_wait_s
-            arrive(self._staged)
-            if self._log is not None:
-                self._log.write(self._staged.delivered)
-        return self._staged
+    def use(self, batch: Batch) -> None:
+        """Say that the model is about to see a batch of `batches(ahead=True)`.
+
+        Raises:
+            ValueError: an earlier step has not been ended.
+        """
+        if batch.step != self._next_step:
+            raise ValueError(
+                f"a batch of step {batch.step} is used before step {self._next_step} has ended: "
+                "call end_step() after the last micro-batch of each step"
+            )
+        if batch.first_of_step:
+            self._forget_recorded()
+        if self._probe is not None:
+            self._probe.begin(batch)
 
     def end_step(self, *, loss_scale: float = 1.0) -> None:
         """Say that the optimizer's step is done; the report leaves in the background.
@@ -286,8 +276,8 @@ class Session(StepRecorder):
             ValueError: the step has micro-batches left, or was ended already.
         """
         self._check_process()
-        staged = self._staged
-        if staged is None or not self._all_yielded:
+        taken = None if self._taken is None else self._taken.end(self._next_step)
+        if taken is None:
             raise ValueError(
                 f"end_step() came before the last micro-batch of step {self._next_step}: call it "
                 "once, where batch.last_of_step is true"
@@ -296,13 +286,16 @@ class Session(StepRecorder):
         if self._probe is not None:
             probe = self._probe.finish(self._next_step, loss_scale=loss_scale * self._loss_scale())
         losses = self._losses.finish()
-        report = self._report(staged)
-        self._reporter.offer(
-            PendingReport(report=report, losses=losses, probe=probe, inputs=self._inputs.finish())
-        )
-        self._cursors = staged.delivered.cursors
+        if losses is None and self._leads:
+            self._warn_of_no_losses()
+        report = self._report(taken)
+        inputs = self._inputs.finish()
+        if self._leads:
+            self._reporter.offer(
+                PendingReport(report=report, losses=losses, probe=probe, inputs=inputs)
+            )
+        self._cursors = taken.staged.delivered.cursors
         self._next_step = Step(self._next_step + 1)
-        self._staged, self._all_yielded = None, False
 
     def _send(self, reports: Sequence[StepReport], timeout_s: float) -> ReportAnswer:
         """Send reports, on the reporter's thread, and follow lanes that have moved since."""
@@ -311,10 +304,21 @@ class Session(StepRecorder):
             self._feed.hear_lanes(answer.lanes_version)
         return answer
 
-    def _report(self, staged: StagedStep) -> StepReport:
+    def _warn_of_no_losses(self) -> None:
+        if not self._warned_of_no_losses:
+            self._warned_of_no_losses = True
+            logger.warning(
+                "step %d ended without losses rank=%d: its report says 0 tokens, and a policy "
+                "learns nothing from it; call session.loss() or session.record_losses() for each "
+                "micro-batch (said once)",
+                self._next_step,
+                self.rank,
+            )
+
+    def _report(self, taken: TakenStep) -> StepReport:
         now = time.perf_counter()
         step_s, self._step_began = now - self._step_began, now
-        delivered = staged.delivered
+        delivered = taken.staged.delivered
         num_domains = self.spec.num_domains
         return StepReport(
             generation=self.generation,
@@ -325,7 +329,7 @@ class Session(StepRecorder):
             tokens=np.zeros(num_domains, np.int64),
             loss_sum=np.zeros(num_domains),
             step_s=step_s,
-            data_wait_s=self._step_data_wait_s,
+            data_wait_s=taken.data_wait_s,
             degraded=delivered.degraded,
             cursors=delivered.cursors,
         )
@@ -370,6 +374,12 @@ class Session(StepRecorder):
 
     def __enter__(self) -> Self:
         return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Headrace session belongs to the process that made it and cannot be sent to another "
+            "one: connect() there, or use num_workers=0 in a DataLoader that holds it"
+        )
 
     def __exit__(
         self,

@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cpu":
         trainer.watch()
     share = memory_share(trainer, work, device)
-    flops = {on: products(lambda on=on: trainer.step(on=on)) for on in (False, True)}
+    flops = {on: products(partial(trainer.step, on=on)) for on in (False, True)}
     ratios, cpu_ratios, step_s = [], [], []
     for pair in range(arguments.pairs):
         order = (True, False) if pair % 2 else (False, True)
