@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -103,13 +104,16 @@ def index(
     if as_json:
         print(json.dumps({"sha256": found.sha256, "domains": rows}, indent=2))
         return
-    table = Table("domain", "shards", "samples", "MiB of text", "quarantined shards")
+    table = Table("domain", "shards", "samples", "left out", "MiB of text", "quarantined shards")
     for name, row in rows.items():
         size = f"{row['text_bytes'] / 2**20:,.1f}"
         samples = f"{row['num_samples']:,}"
-        table.add_row(name, str(row["num_shards"]), samples, size, str(row["num_quarantined"]))
+        left_out, quarantined = f"{row['num_unreadable']:,}", str(row["num_quarantined"])
+        table.add_row(name, str(row["num_shards"]), samples, left_out, size, quarantined)
     console = Console()
     console.print(table)
+    for line in _losses(found):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"{config.data.index}  sha256 {found.sha256}", soft_wrap=True, highlight=False)
 
 
@@ -119,8 +123,22 @@ def _domain_row(found: DatasetIndex, name: str) -> dict[str, int]:
         "num_shards": len(shards),
         "num_samples": found.num_samples(name),
         "text_bytes": found.text_bytes(name),
+        "num_unreadable": sum(shard.num_unreadable for shard in shards),
         "num_quarantined": sum(bool(shard.quarantined) for shard in shards),
     }
+
+
+def _losses(found: DatasetIndex) -> Iterator[str]:
+    """Yield a line for each shard of which something is left out."""
+    for name in found.domains:
+        for shard in found.shards(name):
+            if shard.quarantined:
+                yield f"quarantined ({name}): {shard.quarantined}"
+            elif shard.num_unreadable:
+                yield (
+                    f"left out ({name}): {shard.num_unreadable} of {shard.num_samples} samples of "
+                    f"{shard.url}: {shard.damage}"
+                )
 
 
 @told

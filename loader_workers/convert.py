@@ -97,7 +97,9 @@ class Converter:
             len(places),
             reason,
         )
-        return replace(documents, damaged=True)
+        is_as_indexed = len(documents.unreadable) == len(places) - readable
+        # Damage that the index knows of is what the shard is: it may be kept like any other.
+        return replace(documents, damaged=not (shard.num_unreadable and is_as_indexed))
 
     def _read(self, shard: ShardRef) -> Documents:
         with open_shard(shard.url, remote=self.remote) as opened:

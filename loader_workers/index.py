@@ -8,28 +8,21 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from loader_workers.index_partial import PartialIndex, ScannedShard, stamp_of_file
 from loader_workers.location import expand_numbers, has_glob, local_path, parse_location
 from loader_workers.remote import REMOTE, Remote
-from loader_workers.sample_map import Place, map_path, write_sample_map
-from loader_workers.samples import Sample, read_samples
-from loader_workers.shard_file import open_object, open_shard
-from protos.dataset_index import DatasetIndex, ShardRef
+from loader_workers.scan import ShardToScan, scan
+from protos.dataset_index import DatasetIndex
 from protos.errors import ConfigError, DomainEmpty, ShardUnreadable, TooMuchLost
-from protos.spec import QUARANTINE_SHARD, SKIP_SAMPLE, STOP
+from protos.spec import SKIP_SAMPLE, STOP
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with how many shards are done, and of how many."""
-
-_TOKEN_BYTES = 4
-"""A stored token id counts as so many bytes of text, about what one stands for."""
 
 _STAMPS_AT_ONCE = 16
 """Shards looked up at once: a remote one takes a round trip."""
@@ -42,17 +35,6 @@ Mapper = Callable[
     [Callable[["ShardToScan"], ScannedShard], Sequence["ShardToScan"]], Iterable[ScannedShard]
 ]
 """Applies a function to all items, in parallel; yields the results in the items' order."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardToScan:
-    """One shard, and how it is read; goes to another process."""
-
-    domain: str
-    url: str
-    text_field: str
-    samples_folder: Path | None = None
-    on_damage: str = SKIP_SAMPLE
 
 
 def in_threads(num_threads: int) -> Mapper:
@@ -199,65 +181,6 @@ def _local_matches(pattern: str) -> list[str]:
     return [os.path.abspath(match) for match in matches]  # noqa: PTH100 - keeps links
 
 
-def scan(item: ShardToScan) -> ScannedShard:
-    """Read a shard whole; one that is damaged comes back as quarantined.
-
-    Raises:
-        NotReady: it cannot be read now, which says nothing about it.
-    """
-    tally = _Tally()
-    try:
-        with open_shard(item.url) as shard:
-            for sample in read_samples(shard.members, text_field=item.text_field):
-                tally.add(sample)
-            sha256, num_bytes = shard.sha256(), shard.num_bytes
-        if tally.num_unreadable and item.on_damage == QUARANTINE_SHARD:
-            raise ShardUnreadable(f"{item.url}: {tally.first_reason}")
-    except ShardUnreadable as error:
-        logger.warning("quarantined shard of domain=%s: %s", item.domain, error)
-        return ScannedShard(ref=_quarantined(item.domain, item.url, str(error)))
-    if item.samples_folder is not None:
-        write_sample_map(map_path(item.samples_folder, sha256), tally.places)
-    return ScannedShard(
-        ref=ShardRef(
-            domain=item.domain,
-            url=item.url,
-            num_bytes=num_bytes,
-            num_samples=len(tally.places),
-            text_bytes=tally.text_bytes,
-            sha256=sha256,
-            format="mixed" if len(tally.kinds) == 2 else next(iter(tally.kinds), "text"),
-        ),
-        num_unreadable=tally.num_unreadable,
-        first_reason=f"{item.url}: {tally.first_reason}",
-    )
-
-
-@dataclass(slots=True)
-class _Tally:
-    """What the samples of a shard add up to."""
-
-    places: list[Place] = field(default_factory=list)
-    kinds: set[str] = field(default_factory=set)
-    text_bytes: int = 0
-    num_unreadable: int = 0
-    first_reason: str = ""
-
-    def add(self, sample: Sample) -> None:
-        self.places.append(sample.place)
-        document = sample.document
-        if document is None:
-            self.num_unreadable += 1
-            self.first_reason = self.first_reason or sample.reason
-        elif isinstance(document, np.ndarray):
-            self.kinds.add("tokens")
-            self.text_bytes += _TOKEN_BYTES * len(document)
-        else:
-            self.kinds.add("text")
-            texts = (document,) if isinstance(document, str) else document
-            self.text_bytes += sum(len(text.encode()) for text in texts)
-
-
 def write_index(index: DatasetIndex, path: Path) -> None:
     """Write an index under a temporary name, sync it and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -271,23 +194,6 @@ def write_index(index: DatasetIndex, path: Path) -> None:
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise
-
-
-def _quarantined(domain: str, url: str, reason: str) -> ShardRef:
-    try:
-        with open_object(url) as shard:
-            num_bytes = shard.num_bytes
-    except ShardUnreadable:
-        num_bytes = 0
-    return ShardRef(
-        domain=domain,
-        url=url,
-        num_bytes=num_bytes,
-        num_samples=0,
-        text_bytes=0,
-        sha256="",
-        quarantined=reason,
-    )
 
 
 def _refuse_shared(urls: list[tuple[str, str]]) -> None:
@@ -310,6 +216,13 @@ def _refuse_loss(scanned: list[ScannedShard], max_bad_share: float, on_damage: s
     lost = [result.ref for result in scanned if result.ref.quarantined]
     all_bytes = sum(result.ref.num_bytes for result in scanned)
     share = sum(ref.num_bytes for ref in lost) / max(all_bytes, 1)
+    torn = [result for result in scanned if result.lost_bytes]
+    torn_share = sum(result.lost_bytes for result in torn) / max(all_bytes, 1)
+    if torn and share + torn_share > max_bad_share:
+        raise TooMuchLost(
+            f"{len(torn)} shards are damaged and {torn_share:.3g} of all bytes are lost with that; "
+            f"{allowed}; the first, {torn[0].first_reason}: {remedy}"
+        )
     if lost and (share > max_bad_share or not all_bytes):
         raise TooMuchLost(
             f"domain {lost[0].domain!r} has an unreadable shard: {lost[0].quarantined}; with "

@@ -27,6 +27,8 @@ class ScannedShard:
 
     num_unreadable: int = 0
     first_reason: str = ""
+    lost_bytes: int = 0
+    """Of the shard, in stretches of damage."""
 
 
 def stamp_of_file(url: str) -> str:

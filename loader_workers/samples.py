@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from loader_workers.sample_map import UNREADABLE, Place, digest_of
 from loader_workers.tar import Member, TarReader
+from protos.errors import ShardUnreadable
 
 TOKEN_ENDINGS = ("npy", "u16", "u32")
 TEXT_ENDINGS = ("txt", "json", "jsonl")
@@ -66,7 +67,7 @@ class SampleUnreadable(Exception):
 
 
 @dataclass(slots=True)
-class _Group:
+class Group:
     """The members of the sample that is being collected."""
 
     key: str
@@ -74,6 +75,11 @@ class _Group:
     offsets: dict[str, int] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
+
+    @property
+    def endings(self) -> frozenset[str]:
+        """The endings of the members that were found."""
+        return frozenset([*self.contents, *self.problems, *self.others])
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -91,32 +97,46 @@ def read_samples(reader: TarReader, *, text_field: str) -> Iterator[Sample]:
         ShardUnreadable: the archive itself is damaged.
     """
     seen: set[str] = set()
-    for group in _groups(reader):
+    for group in groups(reader):
         if group.key in seen:
             reason = f"sample {group.key!r}: another sample of the shard has the same key"
             yield Sample(key=group.key, document=None, reason=reason)
         else:
             seen.add(group.key)
-            yield _sample(group, text_field=text_field)
+            yield sample_of(group, text_field=text_field)
 
 
-def _groups(reader: TarReader) -> Iterator[_Group]:
-    group: _Group | None = None
-    for member in reader:
-        parts = split_name(member.name)
-        if parts is None:
-            continue
-        key, ending = parts
-        if group is None or group.key != key:
-            if group is not None:
-                yield group
-            group = _Group(key)
-        _add(group, ending, member, reader)
+def groups(
+    reader: TarReader, *, torn: Callable[[Group], None] = lambda group: None
+) -> Iterator[Group]:
+    """Yield the samples' members in order.
+
+    `torn` hears of the group that was being collected where the archive turns out to be damaged.
+
+    Raises:
+        ShardUnreadable: the archive itself is damaged.
+    """
+    group: Group | None = None
+    try:
+        for member in reader:
+            parts = split_name(member.name)
+            if parts is None:
+                continue
+            key, ending = parts
+            if group is None or group.key != key:
+                if group is not None:
+                    yield group
+                group = Group(key)
+            _add(group, ending, member, reader)
+    except ShardUnreadable:
+        if group is not None:
+            torn(group)
+        raise
     if group is not None:
         yield group
 
 
-def _add(group: _Group, ending: str, member: Member, reader: TarReader) -> None:
+def _add(group: Group, ending: str, member: Member, reader: TarReader) -> None:
     if ending not in ENDINGS:
         group.others.append(ending)
     elif ending in group.contents or ending in group.problems:
@@ -136,7 +156,8 @@ def _add(group: _Group, ending: str, member: Member, reader: TarReader) -> None:
         group.contents[ending] = reader.read(member)
 
 
-def _sample(group: _Group, *, text_field: str) -> Sample:
+def sample_of(group: Group, *, text_field: str, archive_at: int = 0) -> Sample:
+    """Decode a sample; its offsets count from `archive_at` in the shard."""
     try:
         ending = _chosen(group)
         content = group.contents[ending]
@@ -145,14 +166,14 @@ def _sample(group: _Group, *, text_field: str) -> Sample:
         return Sample(key=group.key, document=None, reason=f"sample {group.key!r}: {error}")
     place = Place(
         ending=ending,
-        offset=group.offsets[ending],
+        offset=archive_at + group.offsets[ending],
         size=len(content),
         digest=digest_of(content),
     )
     return Sample(key=group.key, document=document, place=place)
 
 
-def _chosen(group: _Group) -> str:
+def _chosen(group: Group) -> str:
     for ending in ENDINGS:
         if ending in group.problems:
             raise SampleUnreadable(group.problems[ending])

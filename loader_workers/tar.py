@@ -58,6 +58,8 @@ class TarReader:
         self._offset = 0
         self._unread = 0  # content and padding of the newest member that is still to come
         self._newest: Member | None = None
+        self.failed_at = 0
+        """Where the archive is damaged, once `ShardUnreadable` was raised."""
 
     def read(self, member: Member) -> bytes:
         """Return the content of the member that was yielded last; once only.
@@ -179,6 +181,8 @@ class TarReader:
         self._offset += len(rest)
         if any(rest) or len(rest) == MAX_END_BYTES:
             raise self._damaged("data follows the end-of-archive mark", mark_at)
+        if self._offset % BLOCK:
+            raise self._damaged("its length is no whole number of blocks", mark_at)
         if self._num_bytes is not None and self._offset < self._num_bytes:
             raise self._damaged("the file ends within the padding at the end", self._offset)
 
@@ -197,4 +201,5 @@ class TarReader:
         return data
 
     def _damaged(self, reason: str, offset: int) -> ShardUnreadable:
+        self.failed_at = offset
         return ShardUnreadable(f"{self._shard}: {reason} (at byte {offset})")

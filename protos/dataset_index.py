@@ -26,9 +26,14 @@ _SCHEMA = pa.schema(
         ("sha256", pa.string()),
         ("format", pa.string()),
         ("quarantined", pa.string()),
+        ("num_unreadable", pa.int64()),
+        ("damage", pa.string()),
     ],
     metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()},
 )
+_FIRST_SCHEMA = pa.schema(list(_SCHEMA)[:8])
+"""Of an index of before it counted unreadable samples; it is read as if there were none."""
+
 FORMATS = ("text", "tokens", "mixed")
 """What a shard's samples hold: text to tokenize, token ids, or some of each."""
 
@@ -55,12 +60,18 @@ class ShardRef:
     quarantined: str = ""
     """Why the whole shard is left out; empty: it is not."""
 
+    num_unreadable: int = 0
+    """Of `num_samples`, those that are left out."""
+
+    damage: str = ""
+    """Why the first of those is."""
+
     def __post_init__(self) -> None:
         if not self.domain or not self.url:
             raise ValueError(
                 f"a shard must have a domain and a URL, got {self.domain!r}, {self.url!r}"
             )
-        for name in ("num_bytes", "num_samples", "text_bytes"):
+        for name in ("num_bytes", "num_samples", "text_bytes", "num_unreadable"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.format not in FORMATS:
@@ -142,7 +153,7 @@ class DatasetIndex:
                 f"{source} has index version {version}, this program reads version "
                 f"{SCHEMA_VERSION}; {remedy}"
             )
-        if not table.schema.equals(_SCHEMA):
+        if not table.schema.equals(_SCHEMA) and not table.schema.equals(_FIRST_SCHEMA):
             raise IndexMismatch(f"{source} has other columns than an index; {remedy}")
         try:
             index = cls(ShardRef(**row) for row in table.to_pylist())

@@ -9,8 +9,9 @@ import pytest
 
 from controller.config import RunConfig, parse_run
 from deploy.parallel import choose, in_processes, on_ray
-from loader_workers.index import Mapper, ShardToScan, build_index
+from loader_workers.index import Mapper, build_index
 from loader_workers.index_partial import ScannedShard
+from loader_workers.scan import ShardToScan
 from protos.dataset_index import DatasetIndex
 from protos.errors import ConfigError, TooMuchLost
 from protos.spec import QUARANTINE_SHARD, SKIP_SAMPLE, STOP
