@@ -314,6 +314,7 @@ def run_spec(
         on_damage=config.data.on_damage,
         samples_folder=str(config.data.samples_folder),
         index_sha256=index.sha256,
+        data_sha256=index.data_sha256,
         tokenizer_sha256=tokenizer.sha256 if tokenizer else "",
         degraded_after_s=config.control.degraded_after_s,
         data_timeout_s=config.control.data_timeout_s,

@@ -278,7 +278,10 @@ class ControllerSession:
         mine = self._spec
         if mine is None:
             return
-        if spec.run_id != mine.run_id or spec.order_sha256() != mine.order_sha256():
+        # Data that has moved has the same order, but this worker looks for it where it was.
+        is_same_data = spec.index_sha256 == mine.index_sha256
+        is_same_run = spec.run_id == mine.run_id and spec.order_sha256() == mine.order_sha256()
+        if not is_same_run or not is_same_data:
             raise WrongRun(
                 f"the controller now has run {spec.run_id!r} with other settings than run "
                 f"{mine.run_id!r} that this worker serves; start the worker again"

@@ -6,6 +6,7 @@ Only controller, loader workers and tools read it; a trainer never does, so it n
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -162,6 +163,15 @@ class DatasetIndex:
         # Another version of the Parquet writer may give other bytes: what was read is what counts.
         index._parquet = data
         return index
+
+    @property
+    def data_sha256(self) -> str:
+        """SHA-256 of what the shards hold, in the order in which they stand, wherever they lie."""
+        held = [
+            [name, [[shard.sha256, shard.num_samples] for shard in shards]]
+            for name, shards in self._by_domain.items()
+        ]
+        return hashlib.sha256(json.dumps(held).encode()).hexdigest()
 
     @property
     def sha256(self) -> str:

@@ -92,6 +92,13 @@ class ValidationSpec:
         return place < self.span and (place + 1) % self.every == 0
 
 
+_ORDER = (
+    "seed domains lanes global_sequences sequence_length window_samples interleave eot_id "
+    "text_field tokenizer_sha256"
+)
+"""What the order depends on beside the data and how it is packed."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSpec:
     """What all processes of a run agree on; they get it in the answer to Join or Enlist."""
@@ -136,6 +143,9 @@ class RunSpec:
 
     samples_folder: str = ""
     """Where the maps of the shards' samples are, as written by `headrace index`; empty: nowhere."""
+
+    data_sha256: str = ""
+    """Of what the shards hold, wherever they lie; empty: `index_sha256` stands for it."""
 
     packing: str = CONCATENATE
     """One of `PACKINGS`."""
@@ -207,9 +217,19 @@ class RunSpec:
 
         Two runs with the same hash and the same plans see the same global batches.
         """
-        names = (
-            "seed domains lanes global_sequences sequence_length window_samples interleave "
-            "eot_id text_field index_sha256 tokenizer_sha256 packing"
-        )
+        data = "data_sha256" if self.data_sha256 else "index_sha256"
+        return self._hash_of(f"{_ORDER} {data} packing")
+
+    def has_order(self, order_sha256: str) -> bool:
+        """Say whether a hash is of this order, as this or an earlier version computed it.
+
+        Earlier ones hashed the index itself, with the places of the shards, and knew one packing.
+        """
+        earlier = [self._hash_of(f"{_ORDER} index_sha256 packing")]
+        if self.packing == CONCATENATE:
+            earlier.append(self._hash_of(f"{_ORDER} index_sha256"))
+        return order_sha256 in (self.order_sha256(), *earlier)
+
+    def _hash_of(self, names: str) -> str:
         values = {name: getattr(self, name) for name in names.split()}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -210,6 +210,7 @@ class RunSpec(_message.Message):
     PROBE_FIELD_NUMBER: _builtins.int
     ON_DAMAGE_FIELD_NUMBER: _builtins.int
     SAMPLES_FOLDER_FIELD_NUMBER: _builtins.int
+    DATA_SHA256_FIELD_NUMBER: _builtins.int
     PACKING_FIELD_NUMBER: _builtins.int
     VALIDATION_FIELD_NUMBER: _builtins.int
     NEEDS_REFERENCE_FIELD_NUMBER: _builtins.int
@@ -233,6 +234,8 @@ class RunSpec(_message.Message):
     """skip_sample, quarantine_shard or stop; empty: skip_sample"""
     samples_folder: _builtins.str
     """of the maps of the shards' samples; empty: there are none"""
+    data_sha256: _builtins.str
+    """of what the shards hold, wherever they lie; empty: index_sha256 stands for it"""
     packing: _builtins.str
     """concatenate or best_fit; empty: concatenate"""
     needs_reference: _builtins.bool
@@ -270,13 +273,14 @@ class RunSpec(_message.Message):
         probe: Global___ProbeSpec | None = ...,
         on_damage: _builtins.str = ...,
         samples_folder: _builtins.str = ...,
+        data_sha256: _builtins.str = ...,
         packing: _builtins.str = ...,
         validation: _abc.Iterable[Global___ValidationSpec] | None = ...,
         needs_reference: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["probe", b"probe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_timeout_s", b"data_timeout_s", "degraded_after_s", b"degraded_after_s", "domains", b"domains", "eot_id", b"eot_id", "global_sequences", b"global_sequences", "index_sha256", b"index_sha256", "interleave", b"interleave", "lag", b"lag", "lanes", b"lanes", "needs_reference", b"needs_reference", "num_steps", b"num_steps", "on_damage", b"on_damage", "packing", b"packing", "probe", b"probe", "run_id", b"run_id", "samples_folder", b"samples_folder", "seed", b"seed", "sequence_length", b"sequence_length", "text_field", b"text_field", "tokenizer_sha256", b"tokenizer_sha256", "validation", b"validation", "vocab_size", b"vocab_size", "window_samples", b"window_samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_sha256", b"data_sha256", "data_timeout_s", b"data_timeout_s", "degraded_after_s", b"degraded_after_s", "domains", b"domains", "eot_id", b"eot_id", "global_sequences", b"global_sequences", "index_sha256", b"index_sha256", "interleave", b"interleave", "lag", b"lag", "lanes", b"lanes", "needs_reference", b"needs_reference", "num_steps", b"num_steps", "on_damage", b"on_damage", "packing", b"packing", "probe", b"probe", "run_id", b"run_id", "samples_folder", b"samples_folder", "seed", b"seed", "sequence_length", b"sequence_length", "text_field", b"text_field", "tokenizer_sha256", b"tokenizer_sha256", "validation", b"validation", "vocab_size", b"vocab_size", "window_samples", b"window_samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
