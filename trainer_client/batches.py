@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -14,8 +14,7 @@ from protos.types import Step
 from trainer_client.documents import Documents, StepDocuments, find_documents, label_mask
 
 if TYPE_CHECKING:
-    from trainer_client.feed import DeliveredStep, Feed
-    from trainer_client.shared_feed import SharedFeed
+    from trainer_client.feed import DeliveredStep
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -73,11 +72,21 @@ class StagedStep:
         return [*tokens, self.loss_mask, self.domain_ids, *documents]
 
 
+class Deliveries(Protocol):
+    """Where a trainer's steps come from; `Feed` streams them from the loader workers."""
+
+    def has(self, step: Step) -> bool:
+        """Tell whether `take` would not wait."""
+
+    def take(self, step: Step) -> DeliveredStep:
+        """Wait for a step and return it; each step is taken once, in order."""
+
+
 class Stager:
     """Brings steps to the device; on CUDA the next step is copied while this one computes."""
 
     def __init__(
-        self, feed: Feed | SharedFeed, device: torch.device, *, spec: RunSpec, documents: bool
+        self, feed: Deliveries, device: torch.device, *, spec: RunSpec, documents: bool
     ) -> None:
         self._feed = feed
         self._device = device
