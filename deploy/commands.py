@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from deploy import commands_data, commands_live, commands_run
+from deploy import commands_compare, commands_data, commands_live, commands_run
 from deploy.exits import EXIT_CODES_HELP
 from deploy.explain import explain
 
@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("run")(commands_run.run)
+app.command("compare")(commands_compare.compare)
 app.command("pack")(commands_data.pack)
 app.command("index")(commands_data.index)
 app.command("verify")(commands_data.verify)

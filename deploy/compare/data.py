@@ -43,6 +43,9 @@ _CACHE = "tokens"
 _EPOCH_TOKENS = "epoch_tokens.json"
 
 _SHARD_MB = 4.0
+_WORTH_PROCESSES = 16 << 20
+"""Bytes of text; with less, other processes would take longer to start than to pack."""
+
 _CACHE_BYTES = 50_000_000_000
 _BATCH_DOCUMENTS = 256
 _SELECTION_SEED = 0
@@ -179,6 +182,11 @@ class _Source:
         documents = {domain.name: Documents(domain, section.text_field) for domain in found}
         return cls(documents, section)
 
+    def num_bytes(self) -> int:
+        """Return how large the files are."""
+        domains = (documents.domain for documents in self.documents.values())
+        return sum(path.stat().st_size for domain in domains for path in domain.files)
+
     def split(self, split: Split) -> dict[str, Iterable[Document]]:
         """Return a split's documents, by domain."""
         return {
@@ -199,7 +207,8 @@ def _make(
     folder.mkdir(parents=True, exist_ok=True)
     train = source.split(Split.TRAIN)
     with progress.stage(f"packing the train split of {len(train)} domains"):
-        mapper = choose(len(train), processes=0, ray_address=None)
+        small = source.num_bytes() < _WORTH_PROCESSES
+        mapper = choose(len(train), processes=1 if small else 0, ray_address=None)
         packed = pack(train, folder / _SHARDS, shard_mb=_SHARD_MB, mapper=mapper)
     with progress.stage(f"training a tokenizer of {spec.data.vocab_size} tokens"):
         train_tokenizer(train, folder / _TOKENIZER, vocab_size=spec.data.vocab_size)

@@ -27,6 +27,7 @@ from protos.errors import (
 
 COMMANDS = [
     ["run"],
+    ["compare"],
     ["pack"],
     ["index"],
     ["verify"],
