@@ -8,6 +8,7 @@ ETag are held against every answer.
 from __future__ import annotations
 
 import configparser
+import json
 import logging
 import os
 import threading
@@ -147,7 +148,8 @@ class Remote:
             "connect_timeout": "5s",
             # Also keeps a redirect from leading away from an encrypted connection.
             "allow_http": location.scheme == "http"
-            or (location.scheme == "s3" and _aws_endpoint().startswith("http:")),
+            or (location.scheme == "s3" and _aws_endpoint().startswith("http:"))
+            or (location.scheme == "gs" and _gcs_emulator().startswith("http:")),
         }
         # Trying again is ours alone: it has one budget, and is counted.
         retry: Any = {"max_retries": 0}
@@ -160,7 +162,10 @@ class Remote:
                     location.authority, client_options=client, retry_config=retry, **options
                 )
             if location.scheme == "gs":
-                return GCSStore(location.authority, client_options=client, retry_config=retry)
+                options = {"service_account_key": _emulated_account()} if _gcs_emulator() else {}
+                return GCSStore(
+                    location.authority, client_options=client, retry_config=retry, **options
+                )
             base = f"{location.scheme}://{location.authority}"
             return HTTPStore.from_url(base, client_options=client, retry_config=retry)
         except exceptions.BaseError as error:
@@ -212,6 +217,18 @@ class RemoteObject:
 def _aws_endpoint() -> str:
     """Return where S3 is, if the user's environment says: then it may be an unencrypted place."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+
+
+def _gcs_emulator() -> str:
+    """Return where Google's storage is emulated, by the variable that its own libraries read."""
+    where = os.environ.get("STORAGE_EMULATOR_HOST", "")
+    return f"http://{where}" if where and "://" not in where else where
+
+
+def _emulated_account() -> str:
+    """Return an account of nobody, at the emulator: it is shown no credentials."""
+    nobody = dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
+    return json.dumps({**nobody, "gcs_base_url": _gcs_emulator(), "disable_oauth": True})
 
 
 def _aws_profile() -> dict[str, str]:

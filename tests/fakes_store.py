@@ -55,7 +55,8 @@ class FaultyStore:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     store: FaultyStore
-    s3_bucket = ""
+    bucket = ""
+    asks_signature = True
 
     def log_message(self, *args: object) -> None:
         pass
@@ -75,14 +76,14 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.isdigit():
             self._send(int(fault), b"<Error><Code>SlowDown</Code></Error>")
             return
-        if self.s3_bucket and not self._is_signed():
+        if self.bucket and not self._may_come_in():
             self._send(403, b"<Error><Code>InvalidAccessKeyId</Code></Error>")
             return
         parts = urlsplit(self.path)
         key = unquote(parts.path).lstrip("/")
-        if self.s3_bucket:
+        if self.bucket:
             bucket, _, key = key.partition("/")
-            if bucket != self.s3_bucket:
+            if bucket != self.bucket:
                 self._send(404, b"<Error><Code>NoSuchBucket</Code></Error>")
                 return
             if not key:
@@ -148,6 +149,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body if cut < 0 else body[:cut])
             self.wfile.flush()
 
+    def _may_come_in(self) -> bool:
+        if self.asks_signature:
+            return self._is_signed()
+        # An emulator is not to be shown anybody's credentials.
+        return "Authorization" not in self.headers
+
     def _is_signed(self) -> bool:
         """Check the signature (AWS Signature Version 4) of a request without a body."""
         found = re.fullmatch(
@@ -182,9 +189,16 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving_store(store: FaultyStore, *, s3_bucket: str = "") -> Iterator[str]:
-    """Serve a store over HTTP; with a bucket, as S3 does, for signed requests only."""
-    handler = type("Handler", (_Handler,), {"store": store, "s3_bucket": s3_bucket})
+def serving_store(
+    store: FaultyStore, *, s3_bucket: str = "", gcs_bucket: str = ""
+) -> Iterator[str]:
+    """Serve a store over HTTP.
+
+    With a bucket as S3 does, for signed requests only, or as an emulator of Google's does over its
+    XML interface, for requests without credentials only.
+    """
+    kind = {"store": store, "bucket": s3_bucket or gcs_bucket, "asks_signature": bool(s3_bucket)}
+    handler = type("Handler", (_Handler,), kind)
     with _Server(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()

@@ -46,6 +46,13 @@ def s3(store: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield "s3://bucket"
 
 
+@pytest.fixture
+def gs(store: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with serving_store(store, gcs_bucket="bucket") as base:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", base.removeprefix("http://"))
+        yield "gs://bucket"
+
+
 def _remote(*, budget_s: float = 5.0, timeout_s: float = 5.0, chunk: int = 16 << 10) -> Remote:
     return Remote(
         RemoteSettings(
@@ -102,16 +109,19 @@ def test_shards_of_a_web_server_are_indexed_and_read(http: str, tmp_path: Path) 
     np.testing.assert_array_equal(converted.tokens, np.concatenate(expected))
 
 
-def test_shards_of_an_s3_bucket_are_listed_page_by_page_and_read(
-    s3: str, store: FaultyStore
+@pytest.mark.parametrize("where", ["s3", "gs"])
+def test_shards_of_a_bucket_are_listed_page_by_page_and_read(
+    where: str, store: FaultyStore, request: pytest.FixtureRequest
 ) -> None:
+    bucket = request.getfixturevalue(where)
     store.objects |= {"web/deep/0009.tar": DATA, "web/note.txt": b"", "other/0001.tar": DATA}
-    found = expand("web", [f"{s3}/web/*.tar"], remote=_remote())
-    assert found == [f"{s3}/web/{n:04d}.tar" for n in range(3)]
-    assert f"{s3}/web/deep/0009.tar" in expand("web", [f"{s3}/web/**/*.tar"], remote=_remote())
+    found = expand("web", [f"{bucket}/web/*.tar"], remote=_remote())
+    assert found == [f"{bucket}/web/{n:04d}.tar" for n in range(3)]
+    deep = expand("web", [f"{bucket}/web/**/*.tar"], remote=_remote())
+    assert f"{bucket}/web/deep/0009.tar" in deep
     assert _whole(found[0], _remote()) == DATA
-    with pytest.raises(DomainEmpty, match=r"no file matches 's3://bucket/none/\*.tar'"):
-        expand("web", [f"{s3}/none/*.tar"], remote=_remote())
+    with pytest.raises(DomainEmpty, match=rf"no file matches '{bucket}/none/\*.tar'"):
+        expand("web", [f"{bucket}/none/*.tar"], remote=_remote())
 
 
 def test_credentials_come_from_the_users_own_file_if_the_environment_has_none(
@@ -136,7 +146,7 @@ def test_refused_credentials_are_no_fault_of_the_shard(
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "429", "short", "range", "reset"])
-@pytest.mark.parametrize("where", ["http", "s3"])
+@pytest.mark.parametrize("where", ["http", "s3", "gs"])
 def test_what_may_pass_is_tried_again(
     fault: str, where: str, store: FaultyStore, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -99,7 +99,8 @@ def test_1_3_2_workers_while_training_change_no_batch_and_break_no_stream(
             f"\n3 ranks waited {calm:.3f} s for the data of {BETWEEN - 4} calm steps, and "
             f"{extra[0]:+.3f} s and {extra[1]:+.3f} s beside that with a hand-over among them"
         )
-    assert max(extra) < 2.0, "a hand-over costs next to nothing; a broken stream costs a pause"
+    # On a busy machine ranks wait for the processor, too: as much as in calm steps, and then some.
+    assert max(extra) < 1.0 + calm, "a hand-over costs next to nothing"
 
 
 def test_a_worker_killed_while_it_hands_over_costs_a_pause_and_nothing_else(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from typer.testing import CliRunner, Result
 
+from deploy.commands import app
 from deploy.documents import Document
 from deploy.pack import MANIFEST, pack, partial_folder
 from deploy.sources import ShardDomain, TextDomain, find_domains, text_domains
@@ -152,6 +154,36 @@ def test_the_same_documents_make_the_same_bytes(tmp_path: Path) -> None:
     first = {path.name: path.read_bytes() for path in (tmp_path / "first").rglob("*.tar")}
     second = {path.name: path.read_bytes() for path in (tmp_path / "second").rglob("*.tar")}
     assert first == second
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_packing_on_ray_gives_the_same_bytes_and_a_failure_there_is_told(tmp_path: Path) -> None:
+    source = tmp_path / "corpus"
+    (source / "prose").mkdir(parents=True)
+    for number in range(40):
+        (source / "prose" / f"{number}.txt").write_text(f"document {number} " * 50)
+    (source / "code.jsonl").write_bytes(jsonl(*(f"line {number}" for number in range(300))))
+
+    def packed(name: str, *options: str) -> Result:
+        out = str(tmp_path / name)
+        return CliRunner().invoke(app, ["pack", str(source), out, "--shard-mb", "0.01", *options])
+
+    assert packed("here", "--processes", "1").exit_code == 0
+    on_ray = packed("on_ray", "--ray", "local")
+    assert on_ray.exit_code == 0, on_ray.output
+    shards = {name: sorted((tmp_path / name).rglob("*.tar")) for name in ("here", "on_ray")}
+    assert len(shards["here"]) > 3
+    read = [
+        [(path.parent.name, path.name, path.read_bytes()) for path in shards[name]]
+        for name in ("here", "on_ray")
+    ]
+    assert read[0] == read[1]
+    (source / "code.jsonl").write_bytes(jsonl("one") + b'{"text": 3}\n')
+    failed = packed("failed", "--ray", "local")
+    assert failed.exit_code == 4
+    assert "code.jsonl, line 2: field 'text' must hold the text" in failed.stderr
+    assert not (tmp_path / "failed").exists()
 
 
 def test_packing_never_overwrites(tmp_path: Path) -> None:
