@@ -101,11 +101,11 @@ def test_norms_come_from_nine_relative_depths_in_any_model(
     assert found == expected
 
 
-def test_norms_are_exact_and_changes_are_estimated() -> None:
+def test_norms_come_from_a_sample_of_rows_and_are_exact_for_few_rows() -> None:
     from trainer_client.norms import WeightNorms
 
     torch.manual_seed(0)
-    layers = [nn.Linear(200, 300), nn.Linear(100, 100)]
+    layers = [nn.Linear(200, 300), nn.Linear(100, 60)]
     norms = WeightNorms([layers[0], layers[1], layers[0]], seed=3)
     norms.before_first_step()
     moves = [torch.randn_like(layer.weight) * 1e-3 for layer in layers]
@@ -114,7 +114,9 @@ def test_norms_are_exact_and_changes_are_estimated() -> None:
             layer.weight += move
     weights, updates = norms.after_step().wait()
     exact = [layers[index].weight.norm().item() for index in (0, 1, 0)]
-    assert weights.tolist() == pytest.approx(exact, rel=1e-6)
+    assert weights.tolist() == pytest.approx(exact, rel=0.05)
+    assert weights[1] == pytest.approx(exact[1], rel=1e-6)
     expected = [moves[index].norm().item() for index in (0, 1, 0)]
-    assert updates.tolist() == pytest.approx(expected, rel=0.15)
+    assert updates.tolist() == pytest.approx(expected, rel=0.05)
+    assert updates[1] == pytest.approx(expected[1], rel=1e-3)
     assert norms.after_step().wait()[1].tolist() == [0.0, 0.0, 0.0]
