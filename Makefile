@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/local
 
-.PHONY: install run test test-long bench-loader bench-probe bench-sketch bench-worker lint types imports generated wheel check clean
+.PHONY: install run test test-long bench-latency bench-loader bench-probe bench-sketch bench-worker lint types imports generated wheel check clean
 
 install: $(STAMP)
 
@@ -49,6 +49,10 @@ bench-worker: install
 # ARGS='--device cuda' measures a GPU.
 bench-probe: install
 	$(BIN)/python -m tests.benchmarks.bench_probe $(ARGS)
+
+# From a step's end to the sealed plan, connect to the first batch. Writes build/bench/latency.json.
+bench-latency: install
+	$(BIN)/python -m tests.benchmarks.bench_latency $(ARGS)
 
 # How far the probe's sketches are from exact gradients. Writes build/bench/sketch.json.
 bench-sketch: install

@@ -18,7 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one device."""
     device = torch.device(arguments.device)
     work = WORK[device.type]
+    if arguments.length is not None:
+        work = replace(work, length=arguments.length)
     trainer = Trainer(work, device)
     for _ in range(2):
         trainer.step(on=False)
@@ -199,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", choices=list(WORK))
     parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--length", type=int, help="tokens of a sequence")
     arguments = parser.parse_args()
     found = run(arguments)
     print(json.dumps(found, indent=1))
