@@ -1,0 +1,166 @@
+"""A rank is killed under torchrun: the group starts again, as large or smaller, and goes on.
+
+The whole is long, since torchrun takes its time to notice; `make test-long` runs it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deploy.report import examine
+from tests.fakes_consumer import (
+    ROOT,
+    ConsumedRun,
+    Global,
+    consumed_run,
+    global_batches,
+    write_corpus,
+    write_run,
+)
+from tests.harness_runs import wait_until
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(560)]
+
+NUM_STEPS = 24
+KILLED_AFTER = 7
+"""Checkpoints are written after every 4 steps, so that some steps are trained again."""
+
+
+@contextmanager
+def torchrun(
+    run: ConsumedRun, options: Sequence[str], log: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the example trainer under torchrun; at the end nothing of it is left."""
+    checkpoints = run.out / "checkpoints"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--max-restarts", "3", *options),
+                *("deploy/examples/train.py", "--controller", run.address, "--micro-batch", "20"),
+                *("--checkpoint-dir", str(checkpoints), "--checkpoint-every", "4", "--resume"),
+                *("--delivery-log", str(run.out / "received")),
+            ],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LOGLEVEL": "INFO"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield process
+    finally:
+        for one in _family(process.pid):
+            one.kill()
+        process.wait(30)
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        parent = psutil.Process(pid)
+        return [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _ranks(process: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
+    """Return torchrun's trainers by rank."""
+    found = {}
+    for one in _family(process.pid)[1:]:
+        environment = one.environ()
+        if "train.py" in " ".join(one.cmdline()) and "RANK" in environment:
+            found[int(environment["RANK"])] = one
+    return found
+
+
+def _wait_for_step(run: ConsumedRun, step: int, log: Path) -> None:
+    def reached() -> bool:
+        return (run.out / "received").exists() and any(one.step >= step for one in run.deliveries())
+
+    wait_until(reached, timeout_s=240, what=f"step {step}; {log.read_text()[-2000:]}")
+
+
+def _newest(run: ConsumedRun) -> Global:
+    """Return what counts: of each step what the newest generation received of it."""
+    newest: dict[int, int] = {}
+    deliveries = run.deliveries()
+    for one in deliveries:
+        newest[one.step] = max(newest.get(one.step, 0), one.generation)
+    return global_batches([one for one in deliveries if one.generation == newest[one.step]])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[ConsumedRun]:
+    run_file = write_run(
+        tmp_path / "out",
+        write_corpus(tmp_path / "data"),
+        steps=NUM_STEPS,
+        data={"vocab_size": 4096},
+    )
+    with consumed_run(run_file) as started:
+        yield started
+
+
+def _check_went_on_exactly(run: ConsumedRun, log: Path) -> None:
+    trained = _newest(run)
+    assert sorted(trained) == [(step, slot) for step in range(NUM_STEPS) for slot in range(20)]
+    generations = {one.generation for one in run.deliveries()}
+    assert len(generations) >= 2, log.read_text()
+    print(log.read_text())
+    for generation in sorted(generations):
+        steps = {one.step for one in run.deliveries() if one.generation == generation}
+        print(f"generation {generation}: steps {min(steps)} to {max(steps)}")
+    # The same run on three ranks that nobody kills.
+    run.consume(3, until=NUM_STEPS)
+    assert _newest(run) == trained
+
+
+def test_a_killed_rank_is_started_again_with_its_group(run: ConsumedRun, tmp_path: Path) -> None:
+    log = tmp_path / "torchrun.log"
+    with torchrun(run, ["--standalone", "--nproc-per-node", "2"], log) as launched:
+        _wait_for_step(run, KILLED_AFTER, log)
+        victim = _ranks(launched)[1]
+        victim.send_signal(signal.SIGKILL)
+        assert launched.wait(400) == 0, log.read_text()
+    assert str(victim.pid) in log.read_text()
+    _check_went_on_exactly(run, log)
+    assert examine(run.out).clean
+
+
+def test_a_killed_node_is_gone_and_the_other_goes_on_alone(
+    run: ConsumedRun, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [
+        *("--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
+        *("--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "elastic"),
+        *("--local-addr", "127.0.0.1"),
+        *("--rdzv-conf", "last_call_timeout=15,keep_alive_interval=1,is_host={host}"),
+    ]
+    first, second = ([one.format(host=host) for one in options] for host in ("true", "false"))
+    log = tmp_path / "torchrun.log"
+    with torchrun(run, first, log) as stays, torchrun(run, second, tmp_path / "second.log") as goes:
+        _wait_for_step(run, KILLED_AFTER, log)
+        for one in _family(goes.pid):
+            one.kill()
+        assert stays.wait(400) == 0, log.read_text()
+    ranks = {one.generation: set[int]() for one in run.deliveries()}
+    for path in (run.out / "received").glob("received.rank*.jsonl"):
+        rank = int(path.stem.removeprefix("received.rank"))
+        for generation in ranks:
+            if f'"generation": {generation},' in path.read_text():
+                ranks[generation].add(rank)
+    assert ranks[min(ranks)] == {0, 1}
+    assert ranks[max(ranks)] == {0}
+    _check_went_on_exactly(run, log)
