@@ -4,7 +4,8 @@ For inputs a (tokens x in) and output gradients d (tokens x out) a domain's grad
 its tokens of d a^T. Its sketch is (dP)^T (aQ) with random P (out x p) and Q (in x q). If the means
 of P P^T and Q Q^T are identities, inner products of sketches are unbiased estimates of inner
 products of gradients. Three kinds of P and Q have that property: independent signs, independent
-Gaussian entries, and random orthonormal columns, all scaled.
+Gaussian entries, and random orthonormal columns, all scaled. Their errors are much alike (the
+README has the table, `make bench-sketch` measures it); signs are the cheapest to draw.
 """
 
 from __future__ import annotations
