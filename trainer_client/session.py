@@ -143,7 +143,7 @@ class Session(StepRecorder):
         All ranks call it, after the model is on its device and before torch.compile.
 
         Args:
-            model: plain or wrapped in DDP.
+            model: plain, tensor-parallel, or wrapped in DDP or FSDP2.
             ranks: global ranks of the data-parallel group, if they are not all ranks.
             norms: measure weight and update norms as well.
 

@@ -62,7 +62,9 @@ SPEC = RunSpec(
     on_damage="quarantine_shard",
     samples_folder="/runs/é.samples",
     packing="best_fit",
-    probe=ProbeSpec(layers=("a.*", "b"), seed=3, part_norms=True),
+    probe=ProbeSpec(
+        layers=("a.*", "b"), seed=3, projection="gaussian", draw="run", part_norms=True
+    ),
     validation=(
         ValidationSpec(every=5, period=40, span=15),
         ValidationSpec(every=2, period=2, span=2),

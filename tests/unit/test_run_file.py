@@ -79,6 +79,12 @@ def test_a_run_file_is_read_with_its_defaults(tmp_path: Path) -> None:
         ("data.eot_id", 300, r"eot_id must be below vocab_size = 300, got 300"),
         ("data.max_bad_share", 2, r"data\.max_bad_share must be less than or equal to 1, got 2"),
         ("guard.min_share", -1, r"guard\.min_share must be greater than or equal to 0, got -1"),
+        (
+            "probe.projection",
+            "hadamard",
+            r"probe\.projection must be 'sign', 'gaussian' or 'orthonormal', got 'hadamard'",
+        ),
+        ("probe.draw", "day", r"probe\.draw must be 'step' or 'run', got 'day'"),
         ("probe.mode", "guess", r"probe\.mode must be 'sketch' or 'exact', got 'guess'"),
         ("address", "7700", r"address: an address must be HOST:PORT .* got '7700'"),
         ("address", "0.0.0.0:7700", r"binding 0\.0\.0\.0:7700 .* security\.insecure"),
