@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from protos.dataset_index import DatasetIndex
+from protos.dataset_index import DatasetIndex, ShardRef
 from protos.errors import TooMuchLost
 from protos.types import Quarantine
 
@@ -24,6 +24,13 @@ class BadShare:
         self._num_samples = {(shard.domain, shard.url): shard.num_samples for shard in shards}
         self._total = max(1, sum(self._num_samples.values()))
         self._bad: Counter[tuple[str, str]] = Counter()
+        self.at_index = tuple(
+            Quarantine(domain=shard.domain, shard=shard.url, sample=-1, reason=_at_index(shard))
+            for shard in shards
+            if shard.quarantined or shard.num_unreadable
+        )
+        """What was left out when the index was built, shard by shard."""
+
         num_bytes = sum(shard.num_bytes for shard in shards)
         bad = [shard for shard in shards if shard.quarantined]
         bad_bytes = sum(shard.num_bytes for shard in bad)
@@ -53,3 +60,12 @@ class BadShare:
             f"{num_bad} of {self._total} samples cannot be read, more than data.max_bad_share = "
             f"{self._limit:g}; the newest is in {newest.shard}: {newest.reason}"
         )
+
+
+def _at_index(shard: ShardRef) -> str:
+    if shard.quarantined:
+        return f"left out whole when the index was built: {shard.quarantined}"
+    return (
+        f"{shard.num_unreadable} of its {shard.num_samples} samples were left out when the index "
+        f"was built: {shard.damage}"
+    )

@@ -294,7 +294,7 @@ class Service:
             frozen=steering.frozen or steering.override is not None,
             wanted_workers=self._workers.wanted,
             lanes_moved=self._workers.num_lanes_moved,
-            quarantines=self._workers.quarantines,
+            quarantines=(*self._bad_share.at_index, *self._workers.quarantines),
             workers=self._workers.statuses(),
             shadows=self._shadows.statuses,
         )

@@ -67,3 +67,38 @@ def test_every_whole_epoch_is_the_index_less_the_quarantine_token_for_token(
     }
     for name in DOMAINS:
         assert len({step for (domain, _), step in ends.items() if domain == name}) > 1
+
+
+def test_a_shard_damaged_before_it_was_indexed_gives_what_is_whole_of_it(tmp_path: Path) -> None:
+    patterns = write_corpus(tmp_path / "data")
+    path = tmp_path / "data" / "code" / "0001.tar"
+    with tarfile.open(path) as tar:
+        files = tar.getmembers()
+        lost = files[5]
+    content = bytearray(path.read_bytes())
+    content[lost.offset_data - 511] ^= 1  # in the name: the header's sum does not hold
+    path.write_bytes(content)
+    lengths = {name: _lengths(tmp_path / "data" / name) for name in ("web", "books")}
+    lengths["code"] = [
+        member.size // 4
+        for member in [*files[:5], *files[6:]]
+        if member.size
+    ]  # fmt: skip
+    for other in ("0000.tar", "0002.tar"):
+        with tarfile.open(path.with_name(other)) as tar:
+            lengths["code"] += [member.size // 4 for member in tar if member.size]
+    out = tmp_path / "out"
+    run_file = write_run(out, patterns, steps=NUM_STEPS, data={"max_bad_share": 0.1})
+    with consumed_run(run_file, num_workers=2) as run:
+        run.consume(3, until=NUM_STEPS)
+        (known, *later) = run.status().quarantines
+    assert (known.domain, known.shard) == ("code", str(path))
+    assert "samples were left out when the index was built" in known.reason
+    assert "damaged or cut off" in known.reason
+    assert {each.shard for each in later} == {str(path)}
+    findings = examine(out)
+    assert findings.clean, checks(findings)["faults"]
+    whole = [epoch for epoch in findings.epochs if epoch.domain == "code"]
+    assert len(whole) >= 3
+    for epoch in findings.epochs:
+        assert epoch.num_tokens == epoch.tokens_delivered == sum(lengths[epoch.domain])
