@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -63,7 +63,8 @@ def _tags(detail: ErrorDetails) -> str:
 
 
 def _allowed(key: str, parent: type[BaseModel] | None) -> str:
-    known = list(parent.model_fields) if parent is not None else []
+    fields = parent.model_fields if parent is not None else {}
+    known = [field.alias or name for name, field in fields.items()]
     nearest = difflib.get_close_matches(key, known, n=1)
     if nearest:
         return f"did you mean {nearest[0]}? Allowed here: {', '.join(known)}"
@@ -134,7 +135,12 @@ def _element(annotation: Any) -> Any:
     for option in (annotation, *_options(annotation)):
         origin, arguments = get_origin(option), get_args(option)
         if origin is dict:
-            return arguments[1]
+            return _plain(arguments[1])
         if origin in (tuple, list):
-            return arguments[0]
+            return _plain(arguments[0])
     return None
+
+
+def _plain(annotation: Any) -> Any:
+    """Return a type without what it is annotated with."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation

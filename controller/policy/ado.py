@@ -41,8 +41,8 @@ PUBLISHED_WINDOW = 101
 PUBLISHED_STRIDE = 10
 
 LEAST_EXPONENT = 0.05
-DOMAINS_A_STEP = 4
-"""Laws that are fitted in one step: some 20 ms."""
+DOMAINS_A_STEP = 2
+"""Laws that are fitted in one step: some 20 to 40 ms."""
 
 LEAST_SAMPLES = 8
 """Before there are so many, no law is fitted."""

@@ -15,11 +15,13 @@ from protos.errors import InvalidMessage, StaleGeneration, UnknownDomain
 from protos.types import Step
 from tests.fakes_controller import (
     DOMAINS,
+    ODM,
     Clock,
     ScriptedPolicy,
     bench,
     make_beat,
     make_report,
+    places_after,
     resume_at,
     small_run,
 )
@@ -397,5 +399,27 @@ def test_a_drained_controller_decides_no_more_but_records(tmp_path: Path) -> Non
             assert (await controller.service.status()).sealed_through == 2
             assert len(list(controller.ledger.rows(Kind.STEP))) == 2
             assert (await controller.service.status()).phase == "drained"
+
+    asyncio.run(scenario())
+
+
+def test_a_domain_that_lanes_have_read_often_enough_gets_nothing_more(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = small_run(tmp_path, policy=ODM, guard={"max_epochs": 2, "min_share": 0.05})
+        with bench(config) as controller:
+            await controller.join_all(1)
+            await controller.report_step(0)
+            assert min(controller.plans[-1].mixture.shares) >= 0.05
+            # One lane is in its third epoch of `code`, the others are behind it.
+            cursors = places_after(1, controller.spec)
+            next(iter(cursors.values()))[1, 0] = 2
+            await controller.report_step(1, cursors=cursors)
+            plan = controller.plans[-1]
+            assert plan.first_step == 3
+            assert plan.mixture.shares[1] == 0
+            row = controller.ledger.newest(Kind.STEP)
+            assert row is not None
+            assert "max_epochs: no more of code" in row.body["reasons"]
+            assert row.body["decided_q32"] == list(plan.mixture.shares_q32)
 
     asyncio.run(scenario())
