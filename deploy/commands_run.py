@@ -9,14 +9,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from controller.policy.config import POLICY_NAMES
 from deploy.exits import stderr, told
 from deploy.runfile import RunOptions, default_out
 from protos.errors import ConfigError
 
 _DATA = "Folder with a folder (or .jsonl, .jsonl.zst) for each domain; see `headrace pack --help`. "
 _DATA += "None: a small corpus from the text that this Python installation holds."
-_POLICY = "static, natural, uniform, schedule, odm or acodm; default acodm. What a policy needs "
-_POLICY += "beside its name comes from --config or --set. With the tiny model, acodm gets networks "
+_POLICY = f"{', '.join(POLICY_NAMES)}; default acodm. What a policy needs beside its name comes "
+_POLICY += "from --config or --set. With the tiny model, acodm and its like get networks "
 _POLICY += "of width 128 and depth 3 rather than its own 1024 and 5, which would be slower than "
 _POLICY += "the model; --set policy.width=1024 policy.depth=5 gives them back."
 _SET = "A key of the run file and a YAML value: batch.window_samples=256. May be repeated."

@@ -73,6 +73,9 @@ DEFAULT_MODEL = "tiny"
 SMALL_ACODM: Settings = {"width": 128, "depth": 3}
 """With AC-ODM's own 1024 x 5 networks, the policy would work longer than the tiny model."""
 
+_LIKE_ACODM = ("acodm", "random_actor", "shuffled_reward")
+"""Policies that have such networks."""
+
 
 def default_out() -> Path:
     """Return a new folder's name below `runs`."""
@@ -109,7 +112,7 @@ def _apply_options(settings: Settings, options: RunOptions) -> None:
             _assign(settings, key.split("."), value)
     if options.policy is not None and settings["policy"].get("name") != options.policy:
         settings["policy"] = {"name": options.policy}
-    if settings["policy"].get("name") == "acodm" and (options.model or DEFAULT_MODEL) == "tiny":
+    if settings["policy"].get("name") in _LIKE_ACODM and (options.model or DEFAULT_MODEL) == "tiny":
         settings["policy"] = {**SMALL_ACODM, **settings["policy"]}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -205,3 +205,9 @@ PolicyConfig = Annotated[
     Field(discriminator="name"),
 ]
 """What the run file may say under `policy`."""
+
+POLICY_NAMES: tuple[str, ...] = tuple(
+    get_args(model.model_fields["name"].annotation)[0]
+    for model in get_args(get_args(PolicyConfig)[0])
+)
+"""As under `policy.name`."""
