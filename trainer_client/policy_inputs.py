@@ -23,6 +23,10 @@ class StepInputs:
     excess: HostCopy | None
     """[domains, 2]: sums over tokens, and how many tokens had a reference."""
 
+    def is_here(self) -> bool:
+        """Say whether `resolve` would return at once."""
+        return self.excess is None or self.excess.is_here()
+
     def resolve(
         self, tokens: NDArray[np.int64], left_out: list[str]
     ) -> dict[str, NDArray[np.float64]]:

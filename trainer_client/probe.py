@@ -33,6 +33,13 @@ class ProbeStep:
 
     alignment: AlignmentPart | None
     norms: HostCopy | None
+    part_squares: HostCopy | None = None
+    """[domains]: squared norms of the sequences' gradients, summed over the sequences."""
+
+    lacks_parts: bool = False
+    """They are wanted, but sequences cannot be told apart: they hold several domains, or a watched
+    layer is tensor-parallel."""
+
     probe_s: float
     """Host seconds; what torch.compile compiled into the model is not in it."""
 
@@ -65,6 +72,7 @@ class GradientProbe:
         self._device = devices.pop()
         self._num_domains = num_domains
         self._domain_ids: torch.Tensor | None = None
+        self._mixed = False
         self._graph_ids: dict[torch.Size, torch.Tensor] = {}
         self._clock = Clock()
         self._reduction = SketchReduction(world_size=world_size, device=self._device, ranks=ranks)
@@ -86,7 +94,14 @@ class GradientProbe:
             device=self._device,
         )
         self._sketches.append(sketch)
-        for user_name, user in users_of_weight(model, layer).items():
+        users = users_of_weight(model, layer)
+        if self._spec.part_norms and len(users) > 1:
+            raise ConfigError(
+                f"layer {name} shares its weight with {', '.join(set(users) - {name})}, so that "
+                "the policy's norms of each sequence's gradient cannot be measured: name other "
+                "layers in the run file's probe.layers"
+            )
+        for user_name, user in users.items():
             tap = make_tap(sketch, user, user_name or name)
             self._taps.append((sketch, tap))
             self._handles.append(user.register_forward_hook(self._hook(tap)))
@@ -123,6 +138,7 @@ class GradientProbe:
         tapped: torch.Tensor = Tap.apply(  # type: ignore[no-untyped-call]
             output,
             watched.sketch.accumulator,
+            watched.sketch.parts,
             watched.kept,
             watched.projection,
             domain_ids,
@@ -142,9 +158,11 @@ class GradientProbe:
             self._clock.elapsed_s = 0.0
             if self._norms is not None:
                 self._norms.before_first_step()
+            self._mixed = False
             if self.measures(batch.step):
                 for sketch in self._sketches:
                     sketch.begin(batch.step)
+        self._mixed = self._mixed or batch.domain_ids.ndim != 1
         self._domain_ids = self._held(batch.domain_ids) if self.measures(batch.step) else None
         self._clock.elapsed_s += time.perf_counter() - begun
 
@@ -164,14 +182,29 @@ class GradientProbe:
         """
         begun = time.perf_counter()
         self._domain_ids = None
-        alignment = None
+        alignment = parts = None
         if self.measures(step):
+            parts = self._part_squares(loss_scale)
             self._add_tensor_parallel_parts()
             flat = torch.cat([sketch.sums.flatten(1) for sketch in self._sketches], dim=1)
             alignment = self._reduction.start(flat, scale=1 / loss_scale)
         norms = self._norms.after_step() if self._norms is not None else None
         probe_s = self._clock.elapsed_s + time.perf_counter() - begun
-        return ProbeStep(alignment=alignment, norms=norms, probe_s=probe_s)
+        return ProbeStep(
+            alignment=alignment,
+            norms=norms,
+            probe_s=probe_s,
+            part_squares=parts,
+            lacks_parts=self._spec.part_norms and self.measures(step) and parts is None,
+        )
+
+    def _part_squares(self, loss_scale: float) -> HostCopy | None:
+        """Return the [domains] squared norms of the sequences' gradients, as far as known."""
+        spread = any(tap.tensor_mesh is not None for _, tap in self._taps)
+        if not self._spec.part_norms or spread or self._mixed:
+            return None
+        squares = torch.stack([sketch.part_squares for sketch in self._sketches]).double().sum(0)
+        return HostCopy(squares / loss_scale**2)
 
     def _add_tensor_parallel_parts(self) -> None:
         for sketch, tap in self._taps:

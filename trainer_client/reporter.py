@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from protos.errors import HeadraceError, Retryable, StaleGeneration
 from protos.retry import Retry
@@ -42,7 +43,8 @@ class PendingReport:
 
     def is_resolved(self) -> bool:
         """Say whether `resolve` would return at once."""
-        return self.probe is None and (self.losses is None or self.losses.is_here())
+        is_here = self.losses is None or self.losses.is_here()
+        return self.probe is None and is_here and (self.inputs is None or self.inputs.is_here())
 
     def resolve(self, *, timeout_s: float) -> tuple[StepReport, list[str]]:
         """Wait for the numbers; return the report, and what had to be left out of it.
@@ -58,14 +60,15 @@ class PendingReport:
             if broken.any():
                 left_out.append(f"the losses of domains {np.flatnonzero(broken).tolist()}")
                 sums[broken] = 0
-            tokens = sums[:, 1].astype(np.int64)
-            changes |= {"loss_sum": sums[:, 0], "tokens": tokens}
-            if self.inputs is not None:
-                changes |= self.inputs.resolve(tokens, left_out)
+            changes |= {"loss_sum": sums[:, 0], "tokens": sums[:, 1].astype(np.int64)}
+        if self.inputs is not None:
+            tokens = changes.get("tokens", self.report.tokens)
+            changes |= self.inputs.resolve(np.asarray(tokens), left_out)
         if self.probe is not None:
             changes["probe_s"] = self.probe.probe_s
             changes |= _norms(self.probe, left_out)
             changes |= _alignment(self.probe, timeout_s, left_out)
+            changes |= _parts(self.probe, self.report.sequences, left_out)
         return dataclasses.replace(self.report, **changes), left_out  # type: ignore[arg-type]
 
 
@@ -77,6 +80,20 @@ def _norms(probe: ProbeStep, left_out: list[str]) -> dict[str, object]:
         left_out.append("norms that are not finite")
         return {}
     return {"weight_norms": tuple(weights.tolist()), "update_norms": tuple(updates.tolist())}
+
+
+def _parts(
+    probe: ProbeStep, sequences: NDArray[np.int64], left_out: list[str]
+) -> dict[str, object]:
+    if probe.lacks_parts:
+        left_out.append("the norms of sequences' gradients, which cannot be told apart here")
+    if probe.part_squares is None:
+        return {}
+    squares = probe.part_squares.wait()
+    if not np.isfinite(squares).all():
+        left_out.append("norms of sequences' gradients that are not finite")
+        return {}
+    return {"part_square_norms": squares.astype(np.float64), "num_parts": sequences}
 
 
 def _alignment(probe: ProbeStep, timeout_s: float, left_out: list[str]) -> dict[str, object]:

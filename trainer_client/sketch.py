@@ -54,6 +54,11 @@ class LayerSketch:
         self.accumulator = torch.zeros(
             num_domains, rows, columns, device=device, requires_grad=True
         )
+        self.parts: torch.Tensor | None = None
+        """[domains], whose gradient gathers sequences' squared norms; None: nobody needs them"""
+
+        if spec.part_norms:
+            self.parts = torch.zeros(num_domains, device=device, requires_grad=True)
 
     @property
     def sums(self) -> torch.Tensor:
@@ -62,9 +67,19 @@ class LayerSketch:
             self.accumulator.grad = torch.zeros_like(self.accumulator)
         return self.accumulator.grad
 
+    @property
+    def part_squares(self) -> torch.Tensor:
+        """[domains]: sequences' squared norms since `begin`, summed; only if `parts` is there."""
+        assert self.parts is not None
+        if self.parts.grad is None:
+            self.parts.grad = torch.zeros_like(self.parts)
+        return self.parts.grad
+
     def begin(self, step: Step) -> None:
         """Start a step: its projections, the same on every rank, and no sums."""
         self.sums.zero_()
+        if self.parts is not None:
+            self.part_squares.zero_()
         if self.out_projection is None or self.in_projection is None:
             return
         if self._drawn and self._spec.draw == "run":

@@ -48,6 +48,7 @@ class Tap(torch.autograd.Function):
         ctx: Any,
         output: torch.Tensor,
         accumulator: torch.Tensor,
+        parts: torch.Tensor | None,
         kept: torch.Tensor,
         projection: torch.Tensor | None,
         domain_ids: torch.Tensor,
@@ -64,7 +65,7 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Pass the gradient on; the accumulator's is [domains, p, q]."""
+        """Pass the gradient on; the accumulator's is [domains, p, q], that of `parts` [domains]."""
         begun = 0.0 if ctx.clock is None else time.perf_counter()
         gradient = gradients[0]
         kept, projection, domain_ids = ctx.saved_tensors
@@ -73,9 +74,12 @@ class Tap(torch.autograd.Function):
             taken = taken @ projection.to(taken.dtype)
         rows, columns = (kept, taken) if ctx.kept_is_rows else (taken, kept)
         sums = domain_sums(rows, columns, domain_ids, ctx.num_domains)
+        squares = None
+        if ctx.needs_input_grad[2]:
+            squares = square_norms(rows, columns, domain_ids, ctx.num_domains)
         if ctx.clock is not None:
             ctx.clock.elapsed_s += time.perf_counter() - begun
-        return gradient, sums, None, None, None, None, None
+        return gradient, sums, squares, None, None, None, None, None
 
 
 def domain_sums(
@@ -100,6 +104,24 @@ def domain_sums(
     apart = rows.flatten(0, 1)[:, None, :] * mine[:, :, None]
     sums = apart.flatten(1).T @ columns.flatten(0, 1)
     return sums.float().view(num_domains, rows.shape[2], columns.shape[2])
+
+
+def square_norms(
+    rows: torch.Tensor, columns: torch.Tensor, domain_ids: torch.Tensor, num_domains: int
+) -> torch.Tensor:
+    """Return [domains] float32: squared norms of the sequences' [p, q] sums, summed by domain.
+
+    Args:
+        rows: [sequences, tokens, p]
+        columns: [sequences, tokens, q]
+        domain_ids: [sequences]; sequences that hold several domains are not told apart, and give 0.
+        num_domains: how many domains there are.
+    """
+    squares = torch.zeros(num_domains, device=rows.device)
+    if domain_ids.ndim != 1:
+        return squares
+    each = torch.bmm(rows.float().transpose(1, 2), columns.float()).float()
+    return squares.index_add(0, domain_ids, each.square().sum(dim=(1, 2)))
 
 
 def by_sequence(hidden: torch.Tensor, domain_ids: torch.Tensor) -> torch.Tensor:
