@@ -204,6 +204,7 @@ class Bench:
         self.clock = now
         self.workers = Workers(self.spec, expiry_s=config.control.worker_timeout_s, now=now)
         self.workers.quarantine(history.quarantines)
+        self.workers.wanted = history.wanted_workers
         self.metrics = Metrics(self.spec.num_domains, history.totals, now=now)
         self.shadows = make_shadows(config, prepared)
         self.runner = PolicyRunner(policy, budget_s=config.guard.time_budget_s)

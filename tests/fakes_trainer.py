@@ -246,6 +246,7 @@ class FakeController:
         """One a lane."""
 
         self.lanes_version = 1
+        self.fail_locates: list[HeadraceError] = []
         self.unreachable: list[str] = []
         """What ranks said when they asked who serves their lanes."""
 
@@ -298,7 +299,14 @@ class FakeController:
 
     async def locate(self, generation: Generation, *, unreachable: str) -> LaneTable:
         self.unreachable.append(unreachable)
+        if self.fail_locates:
+            raise self.fail_locates.pop(0)
         return LaneTable(version=self.lanes_version, endpoints=self._located())
+
+    def move_lanes(self, endpoints: Sequence[str]) -> None:
+        """Have lanes served elsewhere from now on; ranks hear of it with their next report."""
+        self.endpoints = list(endpoints)
+        self.lanes_version += 1
 
     async def report(self, report: StepReport) -> ReportAnswer:
         if self.hang_reports:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from controller.ledger_schema import Kind
-from protos.errors import ConfigError
+from protos.errors import ConfigError, InvalidMessage
 from protos.types import Step
 from tests.fakes_controller import Clock, ScriptedPolicy, bench, make_beat, make_report, small_run
 
@@ -131,5 +131,28 @@ def test_the_end_of_an_old_stream_of_plans_does_not_unsettle_a_worker_that_opene
             assert controller.workers.are_settled()
             await new.aclose()  # type: ignore[attr-defined]
             assert not controller.workers.are_settled()
+
+    asyncio.run(scenario())
+
+
+def test_a_wish_for_workers_is_recorded_and_outlasts_the_controller(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = small_run(tmp_path)
+        with bench(config) as controller:
+            controller.workers.beat(make_beat("by-hand"))
+            with pytest.raises(ConfigError, match="nobody manages the loader workers"):
+                await controller.service.scale(3)
+            assert (await controller.service.status()).wanted_workers == 0
+            controller.workers.beat(make_beat("worker-0", managed=True))
+            with pytest.raises(InvalidMessage, match="at least 1 loader worker, got 0"):
+                await controller.service.scale(0)
+            await controller.service.scale(3)
+            assert (await controller.service.status()).wanted_workers == 3
+            await controller.service.scale(2)
+        with bench(config) as controller:
+            status = await controller.service.status()
+            assert status.wanted_workers == 2
+            wishes = [row.body["wanted"] for row in controller.ledger.rows(Kind.WORKERS)]
+            assert wishes == [3, 2]
 
     asyncio.run(scenario())
