@@ -16,7 +16,7 @@ from controller.step_row import StepRow
 from protos.spec import RunSpec
 from protos.types import Mixture, Step
 
-AHEAD_S = 0.1
+AHEAD_S = 0.05
 """So far ahead of the trainers may be sealed where nothing remains to be learned."""
 
 MOST_AHEAD = 1024

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -180,7 +180,7 @@ def report_to_proto(report: StepReport) -> control.ReportRequest:
         alignment_share=report.alignment_share,
         weight_norms=report.weight_norms,
         update_norms=report.update_norms,
-        **{name: _listed(getattr(report, name)) for name in _OPTIONAL},
+        **{name: array.tolist() for name, array in _given(report)},
         step_s=report.step_s,
         data_wait_s=report.data_wait_s,
         probe_s=report.probe_s,
@@ -297,8 +297,11 @@ def enlist_event_from_proto(message: control.EnlistResponse) -> EnlistEvent:
     raise ValueError("an empty event")
 
 
-def _listed(values: NDArray[Any] | None) -> list[Any]:
-    return [] if values is None else values.tolist()
+def _given(report: StepReport) -> Iterator[tuple[str, NDArray[Any]]]:
+    for name in _OPTIONAL:
+        array = getattr(report, name)
+        if array is not None:
+            yield name, array
 
 
 def _floats_or_none(values: Sequence[float]) -> NDArray[np.float64] | None:
@@ -306,7 +309,9 @@ def _floats_or_none(values: Sequence[float]) -> NDArray[np.float64] | None:
 
 
 def _whole(name: str, values: Sequence[int]) -> NDArray[np.int64]:
-    return np.array([_bounded(name, value) for value in values], np.int64)
+    if values:
+        _bounded(name, max(values))
+    return np.array(values, np.int64)
 
 
 def _bounded(name: str, value: int) -> int:

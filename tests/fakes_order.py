@@ -31,7 +31,7 @@ from protos.types import (
     StepBatch,
 )
 from tests.fakes_loader import BlockingCredits
-from trainer_client.feed import DeliveredStep, assemble
+from trainer_client.delivered import DeliveredStep, assemble
 from trainer_client.step_buffer import StepBuffer
 
 Sequences = list[tuple[int, int, bytes]]

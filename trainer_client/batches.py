@@ -14,7 +14,7 @@ from protos.types import Step
 from trainer_client.documents import Documents, StepDocuments, find_documents, label_mask
 
 if TYPE_CHECKING:
-    from trainer_client.feed import DeliveredStep
+    from trainer_client.delivered import DeliveredStep
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)

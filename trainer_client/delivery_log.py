@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from protos.types import Generation, Rank
 
 if TYPE_CHECKING:
-    from trainer_client.feed import DeliveredStep
+    from trainer_client.delivered import DeliveredStep
 
 
 class DeliveryLog:

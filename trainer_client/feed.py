@@ -7,14 +7,8 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from protos.client import ControlClient
-from protos.documents import DocumentStarts
 from protos.errors import (
     HeadraceError,
     NotAuthenticated,
@@ -23,7 +17,8 @@ from protos.errors import (
     WorkerUnreachable,
 )
 from protos.spec import RunSpec
-from protos.types import Cursors, Lane, LaneBatch, LaneEndpoint, LaneTable, Step, StepBatch
+from protos.types import Lane, LaneEndpoint, LaneTable, Step
+from trainer_client.delivered import Assembler, DeliveredStep
 from trainer_client.joining import Membership
 from trainer_client.lane_stream import LaneStream, group_lanes
 from trainer_client.step_buffer import StepBuffer
@@ -48,29 +43,6 @@ _MOST_STEPS_AHEAD = 128
 """Short steps are asked for further ahead: the way of a message is longer than they take."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class DeliveredStep:
-    """A rank's sequences of a step, in slot order."""
-
-    step: Step
-    plan_version: int
-    degraded: bool
-    slots: range
-    tokens: NDArray[Any]
-    """[sequences, sequence_length + 1], in the wire's dtype"""
-
-    domain_ids: NDArray[np.uint16]
-    num_tokens: NDArray[np.uint32]
-    places: NDArray[np.uint32]
-    """[sequences, 3]: epoch, window, sequence"""
-
-    documents: DocumentStarts | None
-    """None: not asked for."""
-
-    cursors: Cursors
-    """Each lane's place after the step."""
-
-
 class Feed:
     """Streams the batches of a membership; `take` gives them to the trainer, step by step.
 
@@ -86,6 +58,7 @@ class Feed:
         self._control = control
         self._prefetch_steps = steps_ahead(member.spec, member.slots)
         self._documents = documents
+        self._assembler = Assembler(member.slots)
         self._consumed_through = member.first_step - 1
         self._lock = threading.Lock()
         self._streams: list[LaneStream] = []
@@ -224,9 +197,11 @@ class Feed:
             self._taken_s = now
             for stream in self._streams:
                 stream.tell(consumed_through=step)
-        return assemble(parts, self._member.slots, step)
+        return self._assembler.assemble(parts, step)
 
     def _wait_for(self, step: Step) -> None:
+        if self._buffer.wait(step, timeout_s=0.0):
+            return
         timeout_s = self._member.spec.data_timeout_s
         deadline = time.monotonic() + timeout_s
         while True:
@@ -295,26 +270,3 @@ def steps_ahead(spec: RunSpec, slots: range) -> int:
     """Return how many steps are asked for before they are consumed: so many, or so many bytes."""
     step_bytes = len(slots) * (spec.sequence_length + 1) * spec.token_dtype.itemsize
     return max(_STEPS_AHEAD, min(_BYTES_AHEAD // step_bytes, _MOST_STEPS_AHEAD))
-
-
-def assemble(
-    parts: dict[Lane, tuple[StepBatch, LaneBatch]], slots: range, step: Step
-) -> DeliveredStep:
-    """Lay the lanes' sequences of one step side by side, in slot order."""
-    batches = [batch for batch, _ in parts.values()]
-    lanes = sorted((part for _, part in parts.values()), key=lambda part: part.first_slot)
-    documents = [part.documents for part in lanes if part.documents is not None]
-    delivered = DeliveredStep(
-        step=step,
-        plan_version=max(batch.plan_version for batch in batches),
-        degraded=any(batch.degraded for batch in batches),
-        slots=slots,
-        tokens=np.concatenate([part.tokens for part in lanes]),
-        domain_ids=np.concatenate([part.domain_ids for part in lanes]),
-        num_tokens=np.concatenate([part.num_tokens for part in lanes]),
-        places=np.concatenate([part.places for part in lanes]),
-        documents=DocumentStarts.join(documents) if documents else None,
-        cursors={part.lane: part.cursor_after for part in lanes},
-    )
-    assert len(delivered.tokens) == len(slots)
-    return delivered

@@ -11,7 +11,8 @@ import numpy as np
 from protos.codec_common import spec_from_bytes, spec_to_bytes
 from protos.documents import DocumentStarts
 from protos.types import Cursors, Generation, Lane, Step
-from trainer_client.feed import DeliveredStep, Feed
+from trainer_client.delivered import DeliveredStep
+from trainer_client.feed import Feed
 from trainer_client.joining import Membership, Wanted
 from trainer_client.peers import Arrays, Peers
 

@@ -157,10 +157,9 @@ class StepBuffer:
         return len(self._parts.get(step, ())) == len(self._next_steps)
 
     def take(self, step: Step) -> dict[Lane, tuple[StepBatch, LaneBatch]]:
-        """Remove and return a step that is here."""
+        """Remove and return a step that is here, in the messages that brought it."""
         with self._changed:
-            parts = self._parts.pop(step)
-        return {lane: (batch, part.at(step - batch.step)) for lane, (batch, part) in parts.items()}
+            return self._parts.pop(step)
 
     def fail(self, error: BaseException) -> None:
         """Make every wait for a step that is not here raise `error`; the first one stays."""

@@ -20,7 +20,7 @@ from protos.planbook import PlanBook
 from protos.spec import RunSpec
 from protos.types import Cursors, Generation, Lane, Rank, Step, StepBatch, StepReport
 from trainer_client.batches import Batch, Stager, split
-from trainer_client.feed import DeliveredStep, assemble
+from trainer_client.delivered import DeliveredStep, assemble
 from trainer_client.loss import DomainLosses, token_losses
 from trainer_client.probe import GradientProbe
 from trainer_client.reporter import PendingReport

@@ -2,9 +2,11 @@
 
 Eight domains of eight shards, documents log-normal with a mean of 600 tokens, uint16 ids, batches
 of 16 x 1025 as torch tensors with their domains, unequal shares, one worker process, the consumer
-in another, the page cache warm. Ours is the whole system: a controller that writes its ledger, a
-loader worker, a trainer that joins, takes micro-batches of 16 out of steps of 512 sequences, and
-reports every step. Results are medians over the rounds, in `build/bench/loader.json`.
+in another, the page cache warm. Ours is the whole system with its default settings: a controller
+that writes its ledger, a loader worker, a trainer that joins, takes batches of 16 out of steps of
+512 sequences, and reports every step. Beside it: a step for each batch, two workers, and a policy
+that learns, so that each plan waits for a report. Results are medians over the rounds, in
+`build/bench/loader.json`; with them, how soon a mixture that an operator sets is obeyed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,21 @@ from rich.table import Table
 
 OURS = "Headrace"
 SMALL_STEPS = "Headrace, a step a batch"
-GLOBAL_SEQUENCES = {OURS: 512, SMALL_STEPS: 16}
+CASES: dict[str, dict[str, Any]] = {
+    OURS: {"global_sequences": 512},
+    SMALL_STEPS: {"global_sequences": 16},
+    "Headrace, two workers": {"global_sequences": 512, "workers": 2},
+    "Headrace, a policy that learns": {"global_sequences": 512, "policy": "odm"},
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    "trainer with steps of 100 ms": {"global_sequences": 16, "step_s": 0.1},
+    "trainer with steps of 20 ms": {"global_sequences": 16, "step_s": 0.02},
+    "trainer that only reads, steps of 512": {"global_sequences": 512},
+    "trainer that only reads, a step a batch": {"global_sequences": 16},
+}
+"""Where a change of the mixture is timed."""
+
+_CHANGE_SECONDS = 8.0
 PEERS = (
     "memory map + DataLoader",
     "litdata",
@@ -46,7 +62,7 @@ class Bench:
 
     def prepare(self, name: str) -> str:
         """Write a loader's files if they are not there; return why that failed, if it did."""
-        if name in GLOBAL_SEQUENCES:
+        if name in CASES:
             return self._start([*self._ours(), "prepare", str(self._data / "ours")])
         return self._start([*self._peer(), "prepare", name, str(self._data)])
 
@@ -55,9 +71,9 @@ class Bench:
         result = self._data / "result.json"
         result.unlink(missing_ok=True)
         measuring = [str(self._seconds), str(result)]
-        if name in GLOBAL_SEQUENCES:
+        if name in CASES:
             command = [*self._ours(), "run", str(self._data / "ours"), *measuring]
-            command.append(str(GLOBAL_SEQUENCES[name]))
+            command.append(self._case(CASES[name]))
         else:
             command = [*self._peer(), "run", name, str(self._data), *measuring]
         failure = self._start(command)
@@ -65,6 +81,21 @@ class Bench:
             return failure
         figures: dict[str, Any] = json.loads(result.read_text())
         return figures
+
+    def change(self, case: dict[str, Any]) -> dict[str, Any] | str:
+        """Return how soon an operator is obeyed, or why that could not be timed."""
+        result = self._data / "change.json"
+        command = [*self._ours(), "change", str(self._data / "ours"), str(_CHANGE_SECONDS)]
+        failure = self._start([*command, str(result), self._case(case)])
+        if failure:
+            return failure
+        figures: dict[str, Any] = json.loads(result.read_text())
+        return figures
+
+    def _case(self, case: dict[str, Any]) -> str:
+        path = self._data / "case.json"
+        path.write_text(json.dumps(case))
+        return str(path)
 
     def _ours(self) -> list[str]:
         return [sys.executable, "-m", "tests.benchmarks.our_loader"]
@@ -144,6 +175,11 @@ def show(report: dict[str, Any], console: Console) -> None:
             f"{ours['name']}: {faster:.1f} x the tokens/s of {best['name']}, the fastest other, "
             f"for {cheaper:.2f} of its CPU time a token"
         )
+    for name, found in report["mixture_change"].items():
+        console.print(
+            f"a mixture that is set, {name}: obeyed {found['steps_after_the_request']} steps, "
+            f"{found['ms_after_the_request']:.0f} ms later"
+        )
     for name, reason in report["failed"].items():
         console.print(f"{name} failed: {reason}")
 
@@ -168,7 +204,7 @@ def main() -> int:
         seconds=arguments.seconds,
     )
     failed: dict[str, str] = {}
-    names = [name for name in (OURS, *PEERS, SMALL_STEPS) if name in (arguments.only or [name])]
+    names = [name for name in (*CASES, *PEERS) if name in (arguments.only or [name])]
     for name in names:
         console.print(f"preparing {name}")
         if failure := bench.prepare(name):
@@ -185,6 +221,13 @@ def main() -> int:
             measured[name].append(result)
             console.print(f"round {number + 1}: {name} {result['tokens_per_s'] / 1e6:.1f}M/s")
     report = summary(measured, failed)
+    report["mixture_change"] = {}
+    for name, case in CHANGES.items():
+        found = bench.change(case)
+        if isinstance(found, str):
+            failed[f"a change of the mixture, {name}"] = found
+        else:
+            report["mixture_change"][name] = found
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
     show(report, console)

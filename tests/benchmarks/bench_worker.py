@@ -108,7 +108,9 @@ def jump(data: Path) -> dict[str, float]:
     rest = 0.99 / (workload.NUM_DOMAINS - 1)
     before = [0.01, *[rest] * (workload.NUM_DOMAINS - 1)]
     with (
-        our_loader.serving(data, cache=cache, global_sequences=32, lag=2, shares=before) as served,
+        our_loader.serving(
+            data, cache=cache, case=our_loader.Case(global_sequences=32), shares=before
+        ) as served,
         contextlib.closing(AdminClient(served.controller)) as admin,
         trainer_client.connect(served.controller, rank=0, world_size=1) as session,
     ):

@@ -1,20 +1,24 @@
 """Headrace on the benchmark's work: a controller, one loader worker and a trainer, as processes.
 
     python -m tests.benchmarks.our_loader prepare DATA
-    python -m tests.benchmarks.our_loader run DATA SECONDS RESULT.json GLOBAL_SEQUENCES
+    python -m tests.benchmarks.our_loader run DATA SECONDS RESULT.json CASE.json
+    python -m tests.benchmarks.our_loader change DATA SECONDS RESULT.json CASE.json
 
-The trainer is this process: `connect`, `batches`, `end_step`, and nothing between.
+The trainer is this process: `connect`, `batches`, `end_step`, and nothing between. All settings
+that the run file leaves open are the defaults, `control.lag: 2` among them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,13 +31,26 @@ import yaml
 import trainer_client
 from controller.config import load_run_file
 from deploy.dataset import ensure_index
+from protos.client import AdminClient
 from tests.benchmarks import workload
 from tests.benchmarks.workload import BATCH, NUM_DOMAINS, NUM_SHARDS, SHARES
 
 _STEPS = 1 << 30
-_LAG = 256
-"""A static mixture needs no reports, so its plans may be sealed far ahead; an operator's override
-then takes effect so many steps later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What of ours is measured."""
+
+    global_sequences: int
+    """In a step; the trainer takes them in batches of 16."""
+
+    workers: int = 1
+    policy: str = "static"
+    """`static`, or a policy that learns from what the trainer reports."""
+
+    step_s: float = 0.0
+    """What the trainer takes for a step beside waiting for it."""
 
 
 def prepare(data: Path) -> None:
@@ -46,8 +63,8 @@ def prepare(data: Path) -> None:
             if not path.exists():
                 _write_shard(path.with_suffix(".part"), domain, shard)
                 path.with_suffix(".part").rename(path)
-    ensure_index(load_run_file(_run_file(data, data, 512)))
-    run(data, seconds=1.0, global_sequences=512)
+    ensure_index(load_run_file(_run_file(data, data, Case(global_sequences=512))))
+    run(data, seconds=1.0, case=Case(global_sequences=512))
 
 
 def _write_shard(path: Path, domain: int, shard: int) -> None:
@@ -60,7 +77,7 @@ def _write_shard(path: Path, domain: int, shard: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A controller with one loader worker."""
+    """A controller with its loader workers."""
 
     controller: str
     names: Mapping[int, str]
@@ -72,30 +89,33 @@ def serving(
     data: Path,
     *,
     cache: Path,
-    global_sequences: int,
-    lag: int = _LAG,
+    case: Case,
     shares: Sequence[float] = SHARES,
 ) -> Iterator[Served]:
-    """Start a controller and a loader worker on the prepared shards; stop them at the end."""
-    out = data / f"run-{global_sequences}"
+    """Start a controller and loader workers on the prepared shards; stop them at the end."""
+    out = data / f"run-{case.global_sequences}-{case.policy}-{case.workers}"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    run_file = _run_file(data, out, global_sequences, lag=lag, shares=shares)
-    with (
-        _process(["-m", "controller", str(run_file)], out / "controller.log") as controller,
-        _process(
-            ["-m", "loader_workers", "--controller", controller[1], "--cache", str(cache)],
-            out / "worker.log",
-        ) as worker,
-    ):
-        yield Served(
-            controller=controller[1], names={controller[0]: "controller", worker[0]: "worker"}
+    run_file = _run_file(data, out, case, shares=shares)
+    with contextlib.ExitStack() as stack:
+        pid, address = stack.enter_context(
+            _process(["-m", "controller", str(run_file)], out / "controller.log")
         )
+        names = {pid: "controller"}
+        for number in range(case.workers):
+            worker, _ = stack.enter_context(
+                _process(
+                    ["-m", "loader_workers", "--controller", address, "--cache", str(cache)],
+                    out / f"worker-{number}.log",
+                )
+            )
+            names[worker] = f"worker {number}"
+        yield Served(controller=address, names=names)
 
 
-def run(data: Path, *, seconds: float, global_sequences: int) -> workload.Measured:
-    """Start controller and worker, consume, and stop them."""
-    with serving(data, cache=data / "cache", global_sequences=global_sequences) as served:
+def run(data: Path, *, seconds: float, case: Case) -> workload.Measured:
+    """Start controller and workers, consume, and stop them."""
+    with serving(data, cache=data / "cache", case=case) as served:
         opened_at = time.perf_counter()
         with trainer_client.connect(served.controller, rank=0, world_size=1) as session:
             return workload.measure(
@@ -110,14 +130,48 @@ def _batches(session: trainer_client.Session) -> workload.Sequences:
             session.end_step()
 
 
-def _run_file(
-    data: Path,
-    out: Path,
-    global_sequences: int,
-    *,
-    lag: int = _LAG,
-    shares: Sequence[float] = SHARES,
-) -> Path:
+def change(data: Path, *, seconds: float, case: Case) -> dict[str, float]:
+    """Return how soon a mixture that an operator sets is obeyed, while the trainer runs on.
+
+    Half of the time is for the trainer to come up to its pace.
+    """
+    with (
+        serving(data, cache=data / "cache", case=case) as served,
+        contextlib.closing(AdminClient(served.controller)) as admin,
+        trainer_client.connect(served.controller, rank=0, world_size=1) as session,
+    ):
+        plans: list[tuple[int, float, int]] = []
+        asked = threading.Event()
+
+        def ask() -> None:
+            admin.set_mixture({"domain7": 1.0})
+            asked.set()
+
+        asking = threading.Thread(target=ask)
+        ends_at = time.perf_counter() + seconds
+        asked_at, asked_step = 0.0, -1
+        for batch in session.batches(micro_batch=case.global_sequences):
+            now = time.perf_counter()
+            plans.append((int(batch.step), now, batch.plan_version))
+            if asked_step < 0 and now > ends_at - seconds / 2:
+                asked_at, asked_step = now, int(batch.step)
+                asking.start()
+            if now > ends_at or batch.plan_version > 1:
+                break
+            time.sleep(case.step_s)
+            session.end_step()
+        asking.join()
+    step, seen_at, version = plans[-1]
+    if version < 2:
+        raise RuntimeError(f"the mixture was not obeyed within {seconds / 2:g} s")
+    return {
+        "steps_after_the_request": step - asked_step,
+        "ms_after_the_request": (seen_at - asked_at) * 1000,
+        "step_ms": (plans[-1][1] - plans[len(plans) // 2][1]) * 1000 / (len(plans) // 2),
+    }
+
+
+def _run_file(data: Path, out: Path, case: Case, *, shares: Sequence[float] = SHARES) -> Path:
     path = out / "run.yaml"
     domains = [f"domain{domain}" for domain in range(NUM_DOMAINS)]
     document = {
@@ -135,13 +189,17 @@ def _run_file(
             },
         },
         "batch": {
-            "global_sequences": global_sequences,
+            "global_sequences": case.global_sequences,
             "sequence_length": workload.SEQUENCE_LENGTH,
             "lanes": 4,
         },
-        "policy": {"name": "static", "mixture": dict(zip(domains, shares, strict=True))},
-        "control": {"lag": lag},
+        "policy": {"name": case.policy},
     }
+    if case.policy == "static":
+        document["policy"] = {
+            "name": "static",
+            "mixture": dict(zip(domains, shares, strict=True)),
+        }
     path.write_text(yaml.safe_dump(document))
     return path
 
@@ -181,8 +239,13 @@ def main() -> None:
     if action == "prepare":
         prepare(Path(data))
         return
-    seconds, result, global_sequences = rest
-    measured = run(Path(data), seconds=float(seconds), global_sequences=int(global_sequences))
+    seconds, result, case_file = rest
+    case = Case(**json.loads(Path(case_file).read_text()))
+    if action == "change":
+        found = change(Path(data), seconds=float(seconds), case=case)
+        Path(result).write_text(json.dumps(found))
+        return
+    measured = run(Path(data), seconds=float(seconds), case=case)
     workload.write_result(measured, Path(result))
 
 

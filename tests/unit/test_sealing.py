@@ -57,7 +57,7 @@ def test_a_learning_policy_is_never_sealed_further_ahead_than_the_lag(tmp_path: 
     asyncio.run(scenario())
 
 
-def test_what_is_known_beforehand_is_sealed_a_tenth_of_a_second_ahead(tmp_path: Path) -> None:
+def test_what_is_known_beforehand_is_sealed_a_twentieth_of_a_second_ahead(tmp_path: Path) -> None:
     async def scenario() -> None:
         with bench(_scheduled(tmp_path)) as controller:
             await controller.join_all(1)
@@ -65,13 +65,13 @@ def test_what_is_known_beforehand_is_sealed_a_tenth_of_a_second_ahead(tmp_path: 
             assert controller.state.sealed_through == 2
             for step in range(1, 21):
                 await controller.report_step(step, step_s=0.002)
-            assert controller.state.sealed_through == 20 + 50
+            assert controller.state.sealed_through == 20 + 25
             # Each step has the mixture that was planned for it all the same.
             assert [plan.first_step for plan in controller.plans] == [0, 37]
             # Where steps get longer no more is sealed until the ranks have caught up.
             for step in range(21, 41):
                 await controller.report_step(step, step_s=0.2)
-            assert controller.state.sealed_through == 20 + 50
+            assert controller.state.sealed_through == 20 + 25
 
     asyncio.run(scenario())
 
@@ -83,7 +83,7 @@ def test_an_operator_is_obeyed_by_the_first_step_that_is_not_sealed(tmp_path: Pa
             for step in range(40):
                 await controller.report_step(step, step_s=0.002)
             sealed = controller.state.sealed_through
-            assert sealed == 39 + 50
+            assert sealed == 39 + 25
             first = await controller.service.set_mixture({"books": 1.0})
             assert first == sealed + 1
             await controller.report_step(40, step_s=0.002)
