@@ -104,7 +104,8 @@ class ControlSection(Section):
     """How far ahead the controller decides, and for how long it waits for others."""
 
     lag: Count = 2
-    """A report of step s decides the plan of step s + lag."""
+    """A report of step s decides the plan of step s + lag. Where the policy learns nothing, as many
+    steps are sealed ahead as last for 50 ms, if those are more."""
 
     report_grace_s: Seconds = 10.0
     """How long a decision waits for reports that others have sent."""
