@@ -19,7 +19,7 @@ from protos.types import Mixture, Step
 AHEAD_S = 0.05
 """So far ahead of the trainers may be sealed where nothing remains to be learned."""
 
-MOST_AHEAD = 1024
+MOST_AHEAD = 512
 
 _BEHIND = Advice(shares=None, fault="the policy is too many steps behind")
 

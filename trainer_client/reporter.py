@@ -31,6 +31,9 @@ _CALL_TIMEOUT_S = 5.0
 MOST_IN_A_CALL = 64
 """Reports that leave together when steps are shorter than a call."""
 
+CAPACITY = 16 * MOST_IN_A_CALL
+"""Reports that may wait: more than the steps that a controller seals ahead of the last one."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class PendingReport:
@@ -141,7 +144,7 @@ class Reporter:
         self,
         send: Callable[[Sequence[StepReport], float], ReportAnswer],
         *,
-        capacity: int = 4 * MOST_IN_A_CALL,
+        capacity: int = CAPACITY,
         budget_s: float = 10.0,
         retry: Retry | None = None,
     ) -> None:
