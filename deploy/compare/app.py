@@ -10,10 +10,17 @@ from typing import Any
 from rich.console import Console
 
 from controller.app import prepare
-from deploy.compare.compose import run_config, stand_in_policy
-from deploy.compare.data import PreparedData, prepare_data, tokenize_all
+from controller.config import RunConfig
+from deploy.compare.compose import references_of, run_config, stand_in_policy
+from deploy.compare.data import (
+    PreparedData,
+    prepare_data,
+    prepared_folder,
+    source_domains,
+    tokenize_all,
+)
 from deploy.compare.figures import draw_figures
-from deploy.compare.model import MODEL_NAMES
+from deploy.compare.model import check_model
 from deploy.compare.page import PAGE_FILE, write_page
 from deploy.compare.record import read_records
 from deploy.compare.running import TrialQueue
@@ -89,27 +96,44 @@ def run_comparison(
     if unknown:
         raise ConfigError(f"--only names {unknown[0]!r}; the arms are {', '.join(spec.arms)}")
     for model in {spec.model_of(arm) for arm in spec.arms}:
-        if model not in MODEL_NAMES:
-            raise ConfigError(
-                f"there is no model {model!r}: choose one of {', '.join(MODEL_NAMES)}"
-            )
+        check_model(model)
     with Progress(console) as progress:
+        queue = TrialQueue(spec, out, progress, only=only)
+        if not queue.num_waiting:
+            progress.say("all trials are finished")
+            return
+        # Cheap checks first: a misspelt key must not cost the making of the data.
+        _run_configs(spec, PreparedData(prepared_folder(spec, out), source_domains(spec)), out)
         keep_spec(spec, out)
         data = prepare_data(spec, out, progress)
-        _check_arms(spec, data, out, progress)
-        TrialQueue(spec, out, progress, only=only).run(jobs=jobs)
+        runs = [
+            prepare(config).spec
+            for arm, config in _run_configs(spec, data, out).items()
+            # What another trial has yet to make cannot be opened now.
+            if not references_of(spec, arm)
+        ]
+        with progress.stage("tokenizing the train split"):
+            tokenize_all(data, runs[0])
+        queue.run(jobs=jobs)
 
 
-def _check_arms(spec: CompareSpec, data: PreparedData, out: Path, progress: Progress) -> None:
-    """Refuse what is wrong with any arm before the first trial; and tokenize."""
-    for arm in spec.arms:
-        policy = stand_in_policy(spec, arm, data.domains)
-        config = run_config(spec, data, out, arm=arm, seed=spec.seeds[0], policy=policy)
-        # What another trial has yet to make cannot be opened now.
-        if not any(spec.arms[arm].references().values()):
-            run = prepare(config).spec
-    with progress.stage("tokenizing the train split"):
-        tokenize_all(data, run)
+def _run_configs(spec: CompareSpec, data: PreparedData, out: Path) -> dict[str, RunConfig]:
+    """Return every arm's run, with stand-ins for what other trials have yet to make.
+
+    Raises:
+        ConfigError: a policy's settings are impossible.
+    """
+    return {
+        arm: run_config(
+            spec,
+            data,
+            out,
+            arm=arm,
+            seed=spec.seeds[0],
+            policy=stand_in_policy(spec, arm, data.domains),
+        )
+        for arm in spec.arms
+    }
 
 
 def draw_report(spec: CompareSpec, out: Path, console: Console) -> dict[str, Any]:

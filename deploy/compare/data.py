@@ -123,6 +123,15 @@ def prepared_folder(spec: CompareSpec, out: Path) -> Path:
     return (spec.data.prepared or out / "data").absolute()
 
 
+def source_domains(spec: CompareSpec) -> tuple[str, ...]:
+    """Return the names of the source's domains.
+
+    Raises:
+        ConfigError: there is no such folder, or it holds no text.
+    """
+    return tuple(_Source.of(spec.data).documents)
+
+
 def open_data(spec: CompareSpec, out: Path) -> PreparedData:
     """Return data that has been prepared.
 

@@ -100,14 +100,23 @@ class _LogitsOnly(nn.Module):
         return logits
 
 
+def check_model(name: str) -> None:
+    """Refuse a name that no model has.
+
+    Raises:
+        ConfigError: none has it.
+    """
+    if name not in MODEL_NAMES:
+        raise ConfigError(f"there is no model {name!r}: choose one of {', '.join(MODEL_NAMES)}")
+
+
 def make_model(name: str, *, vocab_size: int, sequence_length: int, seed: int) -> nn.Module:
     """Return a model that gives logits for tokens; the same seed, the same weights.
 
     Raises:
         ConfigError: no model has that name.
     """
-    if name not in MODEL_NAMES:
-        raise ConfigError(f"there is no model {name!r}: choose one of {', '.join(MODEL_NAMES)}")
+    check_model(name)
     torch.manual_seed(seed)
     if name in SMALL_SHAPES:
         return SmallGpt(SMALL_SHAPES[name], vocab_size=vocab_size, sequence_length=sequence_length)

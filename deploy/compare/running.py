@@ -65,6 +65,11 @@ class TrialQueue:
         self._running: list[_Running] = []
         self._failed: list[str] = []
 
+    @property
+    def num_waiting(self) -> int:
+        """How many trials are neither finished nor begun."""
+        return len(self._waiting)
+
     def run(self, *, jobs: int) -> None:
         """Run all that is waiting, `jobs` at a time.
 
