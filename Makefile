@@ -58,6 +58,13 @@ bench-latency: install
 bench-sketch: install
 	$(BIN)/python -m tests.benchmarks.bench_sketch $(ARGS)
 
+# The comparison of policies that the README quotes: its tables from the kept records, and whatever
+# trial is missing (that needs the corpus that the comparison's data.source names).
+compare-evidence: install
+	mkdir -p build/compare
+	cp -rn tests/learning/evidence/. build/compare/
+	$(BIN)/headrace compare build/compare/main $(ARGS)
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -41,11 +41,14 @@ def losses_table(results: Json) -> Table:
 
 def differences_table(results: Json) -> Table:
     """Return the paired differences to the static controls, and where their values are reached."""
-    table = _table("against the static controls: difference, interval, share of the steps")
+    table = _table(
+        "less a static control's, ± half the interval (* without 0), and the share of the steps "
+        "after which its final value is reached"
+    )
     table.add_column("arm", no_wrap=True)
-    table.add_column("- uniform, mean", justify="right", no_wrap=True)
+    table.add_column("uniform, mean", justify="right", no_wrap=True)
     table.add_column("steps", justify="right", no_wrap=True)
-    table.add_column("- natural, natural", justify="right", no_wrap=True)
+    table.add_column("natural, natural", justify="right", no_wrap=True)
     table.add_column("steps", justify="right", no_wrap=True)
     for arm, values in results["arms"].items():
         cells = []
@@ -103,7 +106,8 @@ def _difference(found: Json | None) -> str:
     text = f"{found['mean']:+.3f}"
     if found["low"] is None:
         return text
-    return f"{text} [{found['low']:+.3f}, {found['high']:+.3f}]"
+    half = (found["high"] - found["low"]) / 2
+    return f"{text} ±{half:.3f}{'*' if found['excludes_zero'] else ' '}"
 
 
 def _share(reached: Json | None) -> str:

@@ -53,7 +53,10 @@ def _how_complete(results: Json) -> Iterator[str]:
         if len(values["seeds"]) < len(wanted)
     ]
     if short:
-        yield f"Fewer seeds than the {len(wanted)} that are wanted: {', '.join(short)}."
+        yield (
+            f"Fewer seeds than the {len(wanted)} that are wanted: {', '.join(short)}. Arms' means "
+            "over different seeds say nothing of one another; the paired differences do."
+        )
     if any(len(values["seeds"]) < MIN_SEEDS for values in arms.values()):
         yield (
             f"Figures from fewer than {MIN_SEEDS} seeds are a first look; one seed has no interval "

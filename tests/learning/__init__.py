@@ -1,0 +1,1 @@
+"""Does mixing help."""
