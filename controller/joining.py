@@ -72,10 +72,13 @@ class Joining:
             async with asyncio.timeout_at(deadline):
                 await ended.wait()
         except TimeoutError:
-            if gathering.missing():
+            # Nobody is left where another process of this rank came and went meanwhile.
+            if not gathering.requests or gathering.missing():
                 raise timed_out(gathering, request) from None
             raise self._no_workers(request) from None
         finally:
+            # Ranks that try again and again for days leave nothing behind.
+            gathering.on_end.remove(ended.set)
             self._barrier.withdraw(gathering, request)
         return _own(gathering, request)
 

@@ -28,6 +28,13 @@ class Presence(enum.Enum):
     LOST = "lost"
 
 
+MAX_STEPS_BEYOND_END = 100_000
+"""How far beyond a run's last step a worker may have composed, or be asked to."""
+
+MAX_COUNTED = (1 << 63) - 1
+"""Where counting ends: what is told of it must fit a message."""
+
+
 @dataclass(eq=False, slots=True)
 class _Worker:
     beat: WorkerBeat
@@ -84,6 +91,13 @@ class Workers:
             )
         if not beat.worker_id or not beat.endpoint:
             raise InvalidMessage("a worker's beat must hold its worker_id and its endpoint")
+        for name in ("needed_step", "composed_through"):
+            last = self._spec.num_steps + MAX_STEPS_BEYOND_END
+            if not -1 <= getattr(beat, name) <= last:
+                raise InvalidMessage(
+                    f"worker {beat.worker_id[:100]!r} says {name} = {getattr(beat, name)}, the run "
+                    f"has {self._spec.num_steps} steps"
+                )
         known = self._workers.get(beat.worker_id)
         if beat.worker_id in self._beats_since_plans:
             self._beats_since_plans[beat.worker_id] += 1
@@ -95,7 +109,8 @@ class Workers:
             return True
         same_process = known.beat.pid == beat.pid and known.beat.endpoint == beat.endpoint
         before = known.beat.degraded_steps if same_process else 0
-        known.num_degraded += max(0, beat.degraded_steps - before)
+        degraded = known.num_degraded + max(0, beat.degraded_steps - before)
+        known.num_degraded = min(degraded, MAX_COUNTED)
         is_new = known.presence is Presence.LOST or not same_process
         is_changed = is_new or not known.is_here or _offer(beat) != _offer(known.beat)
         if known.beat.endpoint != beat.endpoint:

@@ -24,6 +24,9 @@ MAX_CONTROL_BYTES = 16 << 20
 MAX_BATCH_BYTES = 256 << 20
 """One stream's sequences of one step."""
 
+MAX_SENTENCE = 2_000
+"""Characters of an error that cross the wire."""
+
 CLIENT_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -42,8 +45,7 @@ SERVER_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.http2.max_ping_strikes", 2),
 ]
 
 _CLASS_OF_STATUS: dict[grpc.StatusCode, type[HeadraceError]] = {
@@ -67,7 +69,11 @@ def size_options(max_bytes: int) -> list[tuple[str, Any]]:
 def status_of(error: HeadraceError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
     """Return status, sentence and trailing metadata for an error."""
     name = next(base for base in type(error).__mro__ if base in errors.STATUS_OF)
-    return grpc.StatusCode[errors.STATUS_OF[name]], str(error), ((ERROR_KEY, name.__name__),)
+    sentence = str(error)
+    if len(sentence) > MAX_SENTENCE:
+        # It may hold what was sent, and travels in a header.
+        sentence = f"{sentence[:MAX_SENTENCE]}..."
+    return grpc.StatusCode[errors.STATUS_OF[name]], sentence, ((ERROR_KEY, name.__name__),)
 
 
 def error_of(error: grpc.RpcError, unreachable: type[Retryable], peer: str) -> HeadraceError:

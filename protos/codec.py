@@ -46,6 +46,12 @@ from protos.wire import control_pb2 as control
 _FLOATS = np.dtype("<f8")
 _MAX_INT64 = (1 << 63) - 1
 
+MAX_NAME = 1_000
+"""Characters of a worker's, a rank's or an endpoint's name."""
+
+MAX_JOIN_S = 86_400.0
+"""How long a rank may ask to wait for the others."""
+
 
 def plan_event_to_proto(event: PlanEvent) -> control.WatchPlansResponse:
     """Encode a plan event."""
@@ -111,7 +117,7 @@ def join_request_from_proto(message: control.JoinRequest) -> JoinRequest:
         attempt_id=message.attempt_id,
         global_sequences=message.global_sequences,
         sequence_length=message.sequence_length,
-        timeout_s=_finite("timeout_s", message.timeout_s),
+        timeout_s=_at_most("timeout_s", message.timeout_s, MAX_JOIN_S),
         resume=resume,
     )
 
@@ -261,6 +267,11 @@ def worker_beat_from_proto(message: control.EnlistRequest) -> WorkerBeat:
     if not message.worker_id or not message.endpoint:
         raise ValueError("worker_id and endpoint must not be empty")
     _finite("stall_s", message.stall_s)
+    for name in ("generation", "degraded_steps", "cache_bytes", "sequences_served"):
+        _bounded(name, getattr(message, name))
+    for name in ("worker_id", "endpoint", "run_id"):
+        if len(getattr(message, name)) > MAX_NAME:
+            raise ValueError(f"{name} must have at most {MAX_NAME} characters")
     return WorkerBeat(
         quarantines=tuple(quarantine_from_proto(item) for item in message.quarantines),
         **{name: getattr(message, name) for name in _BEAT_FIELDS},
@@ -317,6 +328,12 @@ def _whole(name: str, values: Sequence[int]) -> NDArray[np.int64]:
 def _bounded(name: str, value: int) -> int:
     if value > _MAX_INT64:
         raise ValueError(f"{name} must fit 63 bits, got {value}")
+    return value
+
+
+def _at_most(name: str, value: float, most: float) -> float:
+    if _finite(name, value) > most:
+        raise ValueError(f"{name} must be at most {most:g}, got {value:g}")
     return value
 
 

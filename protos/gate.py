@@ -14,6 +14,7 @@ import grpc.aio
 from protos.channel import status_of
 from protos.errors import Rejected
 from protos.tokens import Gatekeeper
+from protos.unreadable import refusing_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ class AioGate(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         refusal = self._keeper.refusal(method, handler_call_details.invocation_metadata or ())
         if refusal is None:
-            return await continuation(handler_call_details)
+            handler = await continuation(handler_call_details)
+            return refusing_unreadable(handler, is_async=True)
 
         async def refuse(requests: Any, context: Any) -> None:
             self._log.refused(method, context.peer(), refusal)
@@ -88,7 +90,7 @@ class Gate(grpc.ServerInterceptor):
         method = handler_call_details.method
         refusal = self._keeper.refusal(method, handler_call_details.invocation_metadata or ())
         if refusal is None:
-            return continuation(handler_call_details)
+            return refusing_unreadable(continuation(handler_call_details), is_async=False)
 
         def refuse(requests: Any, context: Any) -> None:
             self._log.refused(method, context.peer(), refusal)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeVar
 
@@ -16,13 +17,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from protos import codec, codec_admin, codec_data
 from protos.channel import (
     MAX_BATCH_BYTES,
-    MAX_CONTROL_BYTES,
     SERVER_OPTIONS,
-    size_options,
     status_of,
 )
 from protos.errors import AlreadyServing, HeadraceError, InvalidMessage
 from protos.gate import AioGate, Gate
+from protos.limits import CONTROLLER, Limits, worker_limits
 from protos.security import Security, check_bind, split_address
 from protos.services import AdminService, ControlService, DataService
 from protos.tls import server_credentials
@@ -51,33 +51,48 @@ async def _abort(context: _AioContext, error: Exception) -> NoReturn:
     raise AssertionError("abort always raises")
 
 
-async def _answer(context: _AioContext, work: Callable[[], Awaitable[T]]) -> T:
+async def _answer(
+    context: _AioContext, work: Callable[[], Awaitable[T]], *, call_s: float | None
+) -> T:
     try:
-        return await work()
+        async with asyncio.timeout(call_s) as time_allowed:
+            return await work()
     except Exception as error:
+        if isinstance(error, TimeoutError) and time_allowed.expired():
+            sentence = f"the call took more than {call_s:g} s and was ended"
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, sentence)
         await _abort(context, error)
 
 
 async def _stream(
     context: _AioContext, items: AsyncIterator[T], encode: Callable[[T], Any]
-) -> AsyncIterator[Any]:
+) -> None:
+    """Send all items, and close what they come from however the call ends.
+
+    As a generator it would be left as it is where the call ends while a message is being sent.
+    """
     try:
         async for item in items:
-            yield encode(item)
+            await context.write(encode(item))
     except Exception as error:
         await _abort(context, error)
+    finally:
+        if isinstance(items, AsyncGenerator):
+            await items.aclose()
 
 
 class _Control(control_pb2_grpc.ControlServicer):
-    def __init__(self, service: ControlService) -> None:
+    def __init__(self, service: ControlService, limits: Limits) -> None:
         self._service = service
+        self._call_s = limits.call_s
 
     async def Join(self, request: control_pb2.JoinRequest, context: _AioContext) -> Any:
         async def work() -> control_pb2.JoinResponse:
             answer = await self._service.join(codec.join_request_from_proto(request))
             return codec.join_answer_to_proto(answer)
 
-        return await _answer(context, work)
+        # It waits for other ranks, for as long as it says itself.
+        return await _answer(context, work, call_s=None)
 
     async def Locate(self, request: control_pb2.LocateRequest, context: _AioContext) -> Any:
         async def work() -> control_pb2.LocateResponse:
@@ -86,14 +101,14 @@ class _Control(control_pb2_grpc.ControlServicer):
             )
             return codec.lane_table_to_proto(table)
 
-        return await _answer(context, work)
+        return await _answer(context, work, call_s=self._call_s)
 
     async def Report(self, request: control_pb2.ReportRequest, context: _AioContext) -> Any:
         async def work() -> control_pb2.ReportResponse:
             answer = await self._service.report(codec.report_from_proto(request))
             return codec.report_answer_to_proto(answer)
 
-        return await _answer(context, work)
+        return await _answer(context, work, call_s=self._call_s)
 
     async def ReportSteps(
         self, request: control_pb2.ReportStepsRequest, context: _AioContext
@@ -109,57 +124,55 @@ class _Control(control_pb2_grpc.ControlServicer):
             counted = all(answer.counted for answer in answers)
             return codec.report_answer_to_proto(dataclasses.replace(answers[-1], counted=counted))
 
-        return await _answer(context, work)
+        return await _answer(context, work, call_s=self._call_s)
 
-    async def WatchPlans(
+    async def WatchPlans(  # type: ignore[override]  # writes its answers rather than yields them
         self, request: control_pb2.WatchPlansRequest, context: _AioContext
-    ) -> AsyncIterator[control_pb2.WatchPlansResponse]:
+    ) -> None:
         events = self._service.watch_plans(request.worker_id)
-        async for message in _stream(context, events, codec.plan_event_to_proto):
-            yield message
+        await _stream(context, events, codec.plan_event_to_proto)
 
-    async def Enlist(
+    async def Enlist(  # type: ignore[override]  # writes its answers rather than yields them
         self, request_iterator: AsyncIterator[control_pb2.EnlistRequest], context: _AioContext
-    ) -> AsyncIterator[control_pb2.EnlistResponse]:
+    ) -> None:
         async def beats() -> AsyncIterator[WorkerBeat]:
             async for message in request_iterator:
                 yield codec.worker_beat_from_proto(message)
 
-        events = self._service.enlist(beats())
-        async for message in _stream(context, events, codec.enlist_event_to_proto):
-            yield message
+        await _stream(context, self._service.enlist(beats()), codec.enlist_event_to_proto)
 
 
 class _Admin(admin_pb2_grpc.AdminServicer):
-    def __init__(self, service: AdminService) -> None:
+    def __init__(self, service: AdminService, limits: Limits) -> None:
         self._service = service
+        self._call_s = limits.call_s
 
     async def Status(self, request: admin_pb2.StatusRequest, context: _AioContext) -> Any:
         async def work() -> admin_pb2.StatusResponse:
             return codec_admin.status_to_proto(await self._service.status())
 
-        return await _answer(context, work)
+        return await _answer(context, work, call_s=self._call_s)
 
     async def SetMixture(self, request: admin_pb2.SetMixtureRequest, context: _AioContext) -> Any:
         async def work() -> admin_pb2.SetMixtureResponse:
             first_step = await self._service.set_mixture(dict(request.shares))
             return admin_pb2.SetMixtureResponse(first_step=first_step)
 
-        return await _answer(context, work)
+        return await _answer(context, work, call_s=self._call_s)
 
     async def Freeze(self, request: admin_pb2.FreezeRequest, context: _AioContext) -> Any:
         async def work() -> admin_pb2.FreezeResponse:
             await self._service.freeze()
             return admin_pb2.FreezeResponse()
 
-        return await _answer(context, work)
+        return await _answer(context, work, call_s=self._call_s)
 
     async def Resume(self, request: admin_pb2.ResumeRequest, context: _AioContext) -> Any:
         async def work() -> admin_pb2.ResumeResponse:
             await self._service.resume()
             return admin_pb2.ResumeResponse()
 
-        return await _answer(context, work)
+        return await _answer(context, work, call_s=self._call_s)
 
     async def SnapshotPolicy(
         self, request: admin_pb2.SnapshotPolicyRequest, context: _AioContext
@@ -167,21 +180,21 @@ class _Admin(admin_pb2_grpc.AdminServicer):
         async def work() -> admin_pb2.SnapshotPolicyResponse:
             return admin_pb2.SnapshotPolicyResponse(path=await self._service.snapshot_policy())
 
-        return await _answer(context, work)
+        return await _answer(context, work, call_s=self._call_s)
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: _AioContext) -> Any:
         async def work() -> admin_pb2.DrainResponse:
             await self._service.drain()
             return admin_pb2.DrainResponse()
 
-        return await _answer(context, work)
+        return await _answer(context, work, call_s=self._call_s)
 
     async def Scale(self, request: admin_pb2.ScaleRequest, context: _AioContext) -> Any:
         async def work() -> admin_pb2.ScaleResponse:
             await self._service.scale(request.workers)
             return admin_pb2.ScaleResponse()
 
-        return await _answer(context, work)
+        return await _answer(context, work, call_s=self._call_s)
 
 
 class _Data(data_pb2_grpc.DataServicer):
@@ -256,6 +269,7 @@ async def serving_controller(
     *,
     address: str,
     security: Security | None = None,
+    limits: Limits = CONTROLLER,
     drain_s: float = 2.0,
 ) -> AsyncIterator[str]:
     """Serve the controller on the running event loop; yield the bound `host:port`.
@@ -265,6 +279,7 @@ async def serving_controller(
         admin: what operators call.
         address: `host:port`; port 0 takes any free one.
         security: how the port is guarded.
+        limits: how much it takes from the network.
         drain_s: how long calls under way may go on after the block ends.
 
     Raises:
@@ -275,10 +290,12 @@ async def serving_controller(
     check_guard(address, guard)
     server = grpc.aio.server(
         interceptors=[AioGate(Gatekeeper(guard))],
-        options=[*SERVER_OPTIONS, *size_options(MAX_CONTROL_BYTES)],
+        options=[*SERVER_OPTIONS, *limits.options()],
+        maximum_concurrent_rpcs=limits.calls,
     )
-    control_pb2_grpc.add_ControlServicer_to_server(_Control(control), server)
-    admin_pb2_grpc.add_AdminServicer_to_server(_Admin(admin), server)
+    control_servicer, admin_servicer = _Control(control, limits), _Admin(admin, limits)
+    control_pb2_grpc.add_ControlServicer_to_server(control_servicer, server)
+    admin_pb2_grpc.add_AdminServicer_to_server(admin_servicer, server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     port = _bind(server, address, guard)
@@ -299,6 +316,7 @@ def serving_data(
     address: str,
     max_streams: int = 64,
     security: Security | None = None,
+    limits: Limits | None = None,
     drain_s: float = 2.0,
 ) -> Iterator[str]:
     """Serve a loader worker on threads; yield the bound `host:port`.
@@ -308,6 +326,7 @@ def serving_data(
         address: `host:port`; port 0 takes any free one.
         max_streams: how many ranks may stream at once; each holds a thread.
         security: how the port is guarded.
+        limits: how much it takes from the network; by default what `max_streams` ranks need.
         drain_s: how long streams may go on after the block ends.
 
     Raises:
@@ -316,12 +335,13 @@ def serving_data(
     """
     guard = security or Security()
     check_guard(address, guard)
-    threads = ThreadPoolExecutor(max_streams + 4, thread_name_prefix="headrace-data")
+    limits = limits or worker_limits(max_streams, MAX_BATCH_BYTES)
+    threads = ThreadPoolExecutor(limits.calls, thread_name_prefix="headrace-data")
     server = grpc.server(
         threads,
         interceptors=[Gate(Gatekeeper(guard))],
-        options=[*SERVER_OPTIONS, *size_options(MAX_BATCH_BYTES)],
-        maximum_concurrent_rpcs=max_streams + 4,
+        options=[*SERVER_OPTIONS, *limits.options()],
+        maximum_concurrent_rpcs=limits.calls,
     )
     data_pb2_grpc.add_DataServicer_to_server(_Data(service), server)
     checks = health.HealthServicer()

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 
 from protos.errors import Disagreement, StaleGeneration, UnknownDomain
+from protos.limits import CONTROLLER, Limits
 from protos.security import Security
 from protos.server import serving_controller
 from protos.spec import RunSpec
@@ -99,6 +100,7 @@ def serving(
     address: str = "127.0.0.1:0",
     *,
     security: Security | None = None,
+    limits: Limits = CONTROLLER,
 ) -> Iterator[str]:
     """Serve the controller from a thread; yield its address."""
     bound: list[str] = []
@@ -110,7 +112,7 @@ def serving(
         loops.append(asyncio.get_running_loop())
         try:
             async with serving_controller(
-                controller, controller, address=address, security=security
+                controller, controller, address=address, security=security, limits=limits
             ) as where:
                 bound.append(where)
                 ready.set()
