@@ -154,10 +154,11 @@ def _check_numbers(report: StepReport, spec: RunSpec, world_size: int, who: str)
         if array.min() < 0:
             raise InvalidMessage(f"{who}: {name} must not be negative, got {array.tolist()}")
     slots = rank_slots(report.rank, world_size=world_size, global_sequences=spec.global_sequences)
-    if report.sequences.sum() > len(slots):
+    # Each alone first: large ones could add up to little.
+    if (report.sequences > len(slots)).any() or report.sequences.sum() > len(slots):
         raise InvalidMessage(
-            f"{who}: sequences add up to {report.sequences.sum()}, but the rank has {len(slots)} "
-            "slots"
+            f"{who}: sequences {report.sequences.tolist()} are more than the {len(slots)} slots "
+            "that the rank has"
         )
     if (report.sequences * spec.sequence_length - report.tokens).min() < 0:
         raise InvalidMessage(

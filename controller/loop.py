@@ -122,7 +122,10 @@ class ControlLoop:
         state.trained_through = max(state.trained_through, report.step)
         if counted:
             self.stir()
-        elif newer := state.move_cursors(report.step, report.cursors):
+        elif report.step < state.group.next_step and (
+            # Else the same report waits already, and moves them when its step is closed.
+            newer := state.move_cursors(report.step, report.cursors)
+        ):
             self.note(cursors_entry(report.step, newer, report.generation))
         return ReportAnswer(
             plan_version=state.newest_plan.version,
@@ -204,8 +207,9 @@ class ControlLoop:
         """Let the operator hold the wheel or give it back; return the first step that obeys."""
         async with self._writing:
             steering = Steering(override=override, frozen=frozen)
-            await self._commit([steering.as_entry()])
-            self.steering = steering
+            if steering != self.steering:
+                await self._commit([steering.as_entry()])
+                self.steering = steering
             return self.first_free_step
 
     async def snapshot(self) -> str:

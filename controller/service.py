@@ -194,9 +194,10 @@ class Service:
                 reading.result()
         finally:
             reading.cancel()
+            # Before anything is waited for: a call that ends is sometimes cancelled twice.
+            self._leave(first.worker_id, stream)
             # The error of a stream that broke is of no use to anybody.
             await asyncio.gather(reading, return_exceptions=True)
-            self._leave(first.worker_id, stream)
 
     async def _pause(self, reading: asyncio.Task[None]) -> None:
         stopping = asyncio.create_task(self._stopping.wait())
@@ -339,6 +340,8 @@ class Service:
                 "nobody manages the loader workers of this run: start one more with `python -m "
                 "loader_workers`, or end one with Ctrl-C, which hands its lanes over first"
             )
+        if workers == self._workers.wanted:
+            return
         self._loop.note(workers_entry(workers))
         await self._to_the_end(self._loop.flush())
         self._workers.wanted = workers
