@@ -67,7 +67,9 @@ def local_ray(folder: Path, *, num_actors: int, logs: Path) -> Iterator[None]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's ports are open to whoever reaches this machine, and run what they are sent.
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # In a file, as variables are passed on to everything that is started.
+        "RAY_AUTH_TOKEN": "",
+        "RAY_AUTH_TOKEN_PATH": str(_token_file(folder)),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # The harness says itself what died; Ray's own words would tear its display.
         "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
@@ -100,6 +102,14 @@ def local_ray(folder: Path, *, num_actors: int, logs: Path) -> Iterator[None]:
         finally:
             ray.shutdown()
             _keep_logs(folder, logs)
+
+
+def _token_file(folder: Path) -> Path:
+    """Write a token for this Ray alone, which only this user can read."""
+    path = folder / "token"
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32), encoding="ascii")
+    return path
 
 
 def _keep_logs(folder: Path, logs: Path) -> None:
