@@ -92,7 +92,7 @@ def write_run(out: Path, patterns: Mapping[str, str], **changes: Any) -> Path:
         "control": {"report_grace_s": PLENTY_S, "degraded_after_s": PLENTY_S},
     }
     for key, value in changes.items():
-        merge = isinstance(value, dict) and key != "policy"
+        merge = isinstance(value, dict) and key in document and key != "policy"
         document[key] = {**document[key], **value} if merge else value
     out.mkdir(parents=True)
     path = out / RUN_FILE
@@ -113,14 +113,21 @@ class WorkerProcess:
     """A `python -m loader_workers`."""
 
     def __init__(
-        self, address: str, worker_id: str, *, cache: Path, log: Path, drain_s: float
+        self,
+        address: str,
+        worker_id: str,
+        *,
+        cache: Path,
+        log: Path,
+        drain_s: float = 5.0,
+        options: Sequence[str] = (),
     ) -> None:
         self.worker_id = worker_id
         command = [sys.executable, "-m", "loader_workers", "--controller", address]
         command += ["--drain-s", str(drain_s)]
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*command, "--cache", str(cache), "--worker-id", worker_id],
+                [*command, "--cache", str(cache), "--worker-id", worker_id, *options],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,

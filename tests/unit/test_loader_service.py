@@ -28,7 +28,7 @@ _MOMENT_S = 0.2
 
 
 @contextmanager
-def _serving(folder: Path) -> Iterator[tuple[RunSpec, LoaderService]]:
+def serving_source(folder: Path) -> Iterator[tuple[RunSpec, LoaderService]]:
     pattern = write_token_shards(folder, "web", [[9] * 12, [5] * 9])
     index = build_index({"web": [pattern]}, text_field="text", max_bad_share=0)
     spec = make_spec(index, lanes=2, global_sequences=4)
@@ -71,7 +71,7 @@ def _waits(future: Future[StepBatch]) -> bool:
 
 def test_a_step_waits_for_its_credit(tmp_path: Path) -> None:
     credits = BlockingCredits()
-    with _serving(tmp_path) as (spec, service), ThreadPoolExecutor(1) as pool:
+    with serving_source(tmp_path) as (spec, service), ThreadPoolExecutor(1) as pool:
         stream = iter(service.stream_batches(_opening(spec, credits=2), credits))
         assert [next(stream).step for _ in range(2)] == [0, 1]
         third = pool.submit(next, stream)
@@ -84,7 +84,7 @@ def test_a_step_waits_for_its_credit(tmp_path: Path) -> None:
 
 def test_a_stream_ends_when_its_rank_goes_away(tmp_path: Path) -> None:
     credits = BlockingCredits()
-    with _serving(tmp_path) as (spec, service), ThreadPoolExecutor(1) as pool:
+    with serving_source(tmp_path) as (spec, service), ThreadPoolExecutor(1) as pool:
         stream = iter(service.stream_batches(_opening(spec, credits=1), credits))
         next(stream)
         assert service.figures().open_streams == 1
@@ -96,7 +96,7 @@ def test_a_stream_ends_when_its_rank_goes_away(tmp_path: Path) -> None:
 
 def test_only_time_that_a_rank_waits_counts_as_stall(tmp_path: Path) -> None:
     credits = BlockingCredits()
-    with _serving(tmp_path) as (spec, service):
+    with serving_source(tmp_path) as (spec, service):
         stream = iter(service.stream_batches(_opening(spec, credits=9), credits))
         next(stream)
         assert service.figures().stall_s == 0
@@ -108,7 +108,7 @@ def test_only_time_that_a_rank_waits_counts_as_stall(tmp_path: Path) -> None:
 
 
 def test_a_service_that_does_not_know_the_run_or_is_stopping_says_so(tmp_path: Path) -> None:
-    with _serving(tmp_path) as (spec, service):
+    with serving_source(tmp_path) as (spec, service):
         opening = _opening(spec, credits=1)
         with pytest.raises(NotReady, match="waiting for the run's settings"):
             next(iter(LoaderService().stream_batches(opening, BlockingCredits())))

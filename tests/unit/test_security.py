@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from protos.errors import ConfigError
@@ -24,3 +27,12 @@ def test_the_network_is_bound_only_on_request(address: str) -> None:
 def test_what_is_no_address_is_named(address: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT"):
         check_bind(address, Security())
+
+
+def test_the_threat_table_names_tests_that_exist() -> None:
+    root = Path(__file__).parents[2]
+    table = (root / "deploy" / "docs" / "security.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", table))
+    source = "".join(path.read_text() for path in (root / "tests").rglob("test_*.py"))
+    assert len(named) > 25
+    assert {name for name in named if f"def {name}(" not in source} == set()
