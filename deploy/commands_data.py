@@ -85,7 +85,8 @@ def index(
 ) -> None:
     """Build the dataset index of a run: every shard read once, its samples counted and hashed.
 
-    An index that is there already is kept, unless --rebuild: with another index the data has
+    Of a damaged shard what is whole is kept; what is left out is said. An index that is there
+    already is kept, unless --rebuild: where shards hold something else than before, the data has
     another order, and a run that began with the old one cannot go on. An indexing that was
     interrupted goes on where it was. On Ray, local shards and the index's folder must be shared.
     """

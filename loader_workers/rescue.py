@@ -189,12 +189,13 @@ class _Rescue:
         return None
 
     def _is_in_place(self, damaged_at: int) -> bool:
-        """Say whether the damage begins where a header was, or the file ends.
+        """Say whether the damage begins where a header was.
 
-        Else bytes may be missing or too many before it, and the member there is not what it was.
+        Else bytes may be missing or too many before it, and the member there is not what it was;
+        where the file ends, nobody knows.
         """
         block = self._source.read_at(damaged_at, BLOCK)
-        return len(block) < BLOCK or block[_MAGIC_AT : _MAGIC_AT + len(_MAGIC)] == _MAGIC
+        return block[_MAGIC_AT : _MAGIC_AT + len(_MAGIC)] == _MAGIC
 
     def _leave_out(self, group: Group) -> None:
         reason = f"sample {group.key!r}: no header follows on it, so it may not be whole"

@@ -213,3 +213,28 @@ def test_a_live_run_of_headrace_is_scaled_from_another_shell(tmp_path: Path) -> 
     gone = _scale(2, out)
     assert gone.returncode == 2
     assert "no controller serves the run" in gone.stderr
+
+
+def test_the_last_worker_serves_on_until_a_second_signal_or_another_worker(tmp_path: Path) -> None:
+    patterns = write_token_corpus(tmp_path / "data")
+    run_file = write_run(tmp_path / "out", patterns)
+    with consumed_run(run_file) as run:
+
+        def change(step: int) -> None:
+            if step == 10:
+                first = run.workers.pop("w0").process
+                first.send_signal(signal.SIGTERM)
+                wait_until(
+                    lambda: any(each.leaving for each in run.status().workers),
+                    timeout_s=60,
+                    what="a worker that is leaving",
+                )
+                assert _lanes(run) == {"w0": 5}, "nobody else can take its lanes"
+                assert first.poll() is None
+                first.send_signal(signal.SIGINT)
+                assert first.wait(10) == 0
+                run.add_worker("w1")
+
+        run.consume(2, until=40, after_step=change)
+        assert _lanes(run) == {"w1": 5}
+    assert examine(tmp_path / "out").clean

@@ -199,3 +199,29 @@ def test_without_a_folder_for_maps_or_by_choice_it_is_left_out_whole(tmp_path: P
             **options,  # type: ignore[arg-type]  # a bag of options
         )
         assert [bool(ref.quarantined) for ref in index.shards("web")] == [True, False]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_two_thousand_damages_give_no_other_tokens(shards: Shards) -> None:
+    draw = random.Random(11)
+    fewest = COUNT
+    for _ in range(1_000):
+        changed = shards.data
+        for _ in range(draw.choice([1, 1, 2, 4])):
+            at = draw.randrange(len(changed) - 2000)
+            span = draw.choice([1, 8, 100, 511, 513, 2000])
+            kind = draw.choice(["cut", "drop", "insert", "repeat", "header"])
+            if kind == "cut":
+                changed = changed[: max(at, len(changed) // 2)]
+            elif kind == "drop":
+                changed = changed[:at] + changed[at + span :]
+            elif kind == "insert":
+                changed = changed[:at] + draw.randbytes(span) + changed[at:]
+            elif kind == "repeat":
+                changed = changed[: at + span] + changed[at:]
+            elif found := _headers(changed):
+                at = draw.choice(found)
+                changed = changed[:at] + draw.randbytes(draw.choice([4, 512])) + changed[at + 4 :]
+        fewest = min(fewest, shards.check(changed))
+    print(f"1000 damages: {fewest} to {COUNT} of {COUNT} samples arrived, none with other tokens")
