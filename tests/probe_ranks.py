@@ -166,7 +166,7 @@ def refuse_sequence_parallel(mesh: DeviceMesh) -> str:
     parallelize_module(
         model.blocks[0],
         mesh["tp"],
-        {"down": RowwiseParallel(input_layouts=Shard(-1), output_layouts=Shard(1))},
+        {"up": ColwiseParallel(), "down": RowwiseParallel(output_layouts=Shard(1))},
     )
     spec = ProbeSpec(sketch_rows=4, sketch_columns=4, layers=("blocks.0.down",))
     probe = GradientProbe(model, spec=spec, num_domains=NUM_DOMAINS, norms=False)

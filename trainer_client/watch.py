@@ -55,13 +55,15 @@ class Tap(torch.autograd.Function):
         kept_is_rows: bool,
         clock: Clock | None,
     ) -> torch.Tensor:
-        """Return `output`; see `Watched` for the rest."""
+        """Return what `output` holds; see `Watched` for the rest."""
         # Cloned, as the next micro-batch's ids may stand there before this one's backward pass.
         ctx.save_for_backward(kept, projection, domain_ids.clone())
         ctx.num_domains = accumulator.shape[0]
         ctx.kept_is_rows = kept_is_rows
         ctx.clock = clock
-        return output.view_as(output)
+        # Cloned, since autograd refuses to change in place what a function returned as a view, and
+        # a model may well go on with `hidden += residual`. The original is freed at once.
+        return output.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

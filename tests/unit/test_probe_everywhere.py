@@ -133,6 +133,30 @@ def test_sampled_steps_cost_a_compiled_model_one_more_graph_and_no_more() -> Non
     torch._dynamo.reset()
 
 
+@compiles
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_may_go_on_in_place_on_what_a_watched_layer_gives(compiled: bool) -> None:
+    class InPlace(TinyModel):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            hidden = self.embedding(tokens)
+            for block in self.blocks:
+                steps = torch.arange(1, hidden.shape[1] + 1)
+                mixed = block.up(hidden.cumsum(dim=1) / steps[None, :, None])  # type: ignore[operator]
+                added = block.down(mixed.tanh_())  # type: ignore[operator]
+                added += hidden
+                hidden = added
+            return self.head(hidden)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, batches = InPlace(), make_batches(MIX)
+    with watching(model, dataclasses.replace(WHOLE, layers=("blocks.*",))) as probe:
+        trained: Any = model
+        if compiled:
+            trained = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert_close(measure(probe, trained, batches), expected(probe, model, batches))
+    torch._dynamo.reset()
+
+
 def _selective(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     def keep_products(_: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:
         products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
