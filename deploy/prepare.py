@@ -33,6 +33,13 @@ _SHARD_MB = 0.5
 
 _MIN_DOCUMENTS_A_LANE = 2
 
+_NOT_GIVEN = {
+    "doremi": "a reference model's losses",
+    "skillit": "losses on held-out documents",
+    "aioli": "losses on held-out documents",
+}
+"""What policies need that deploy/examples/train.py has not."""
+
 _FIXED_BY_RUN_FILE = (
     "data",
     "config",
@@ -67,6 +74,7 @@ def prepare_run(options: RunOptions, progress: Progress) -> Path:
         )
     settings = compose(options)
     check(settings)
+    _refuse_what_the_trainer_lacks(str(settings["policy"]["name"]))
     with _nothing_left_behind(options.out):
         settings["data"] = _data_section(options, settings, progress)
         config = parse_run(settings, source="the run's settings")
@@ -74,6 +82,15 @@ def prepare_run(options: RunOptions, progress: Progress) -> Path:
             ensure_index(config)
         prepare(config)
         return write_run_file(settings, options.out)
+
+
+def _refuse_what_the_trainer_lacks(policy: str) -> None:
+    """Refuse a policy that would learn nothing from the harness's trainer."""
+    if policy in _NOT_GIVEN:
+        raise ConfigError(
+            f"policy {policy} needs {_NOT_GIVEN[policy]}, which the trainer of `headrace run` does "
+            "not give: use a trainer of your own (README, Policies)"
+        )
 
 
 @contextmanager

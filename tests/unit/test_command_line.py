@@ -115,6 +115,8 @@ def run(tmp_path: Path, *arguments: str) -> list[str]:
     ("arguments", "says"),
     [
         (["--policy", "magic"], "magic"),
+        (["--policy", "doremi"], "policy doremi needs a reference model's losses"),
+        (["--policy", "aioli"], "policy aioli needs losses on held-out documents"),
         (["--steps", "0"], "steps"),
         (["--set", "batch.lanes=5"], "global_sequences must be a multiple of lanes"),
         (["--set", "batch.size=5"], "size"),
