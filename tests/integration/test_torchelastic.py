@@ -35,6 +35,15 @@ NUM_STEPS = 24
 KILLED_AFTER = 7
 """Checkpoints are written after every 4 steps, so that some steps are trained again."""
 
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "LOGLEVEL": "INFO",
+    # With the agent's own store (torch 2.13) both ranks of a restarted group waited for ever in
+    # init_process_group, in two runs of three, before the trainer had reached Headrace.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+
 
 @contextmanager
 def torchrun(
@@ -51,7 +60,7 @@ def torchrun(
                 *("--delivery-log", str(run.out / "received")),
             ],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LOGLEVEL": "INFO"},
+            env={**os.environ, **_ENVIRONMENT},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
