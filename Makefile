@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/local
 
-.PHONY: install run test test-long bench-latency bench-loader bench-probe bench-sketch bench-worker lint types imports generated wheel check clean
+.PHONY: install run test test-long bench-latency bench-loader bench-probe bench-sketch bench-worker fuzz lint types imports generated wheel check clean
 
 install: $(STAMP)
 
@@ -64,6 +64,12 @@ compare-evidence: install
 	mkdir -p build/compare
 	cp -rn tests/learning/evidence/. build/compare/
 	$(BIN)/headrace compare build/compare/main $(ARGS)
+
+# Coverage-guided fuzzing of all that reads bytes from elsewhere, COUNT executions of each target.
+COUNT ?= 20000
+fuzz: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --count $(COUNT) $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .
