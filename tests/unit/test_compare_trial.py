@@ -15,6 +15,7 @@ from rich.console import Console
 from controller.app import prepare
 from deploy.compare.compose import MEAN_FILE, POLICY_FILE, run_config, stand_in_policy
 from deploy.compare.data import PreparedData, open_data, prepare_data, tokenize_all
+from deploy.compare.learner import held_out_loss
 from deploy.compare.record import RECORD_FILE, TrialRecord, read_record, trial_folder
 from deploy.compare.spec import CompareSpec, keep_spec
 from deploy.compare.trial import Trial
@@ -23,6 +24,7 @@ from deploy.progress import Progress
 from loader_workers.reference import Reference
 from loader_workers.tokenize import make_tokenize
 from protos.apportion import apportion, no_carry
+from protos.errors import ConfigError
 from protos.slots import deal
 from protos.types import Lane, Mixture, Step
 from tests.fakes_compare import SMALL_ACODM, small_spec
@@ -41,6 +43,9 @@ ARMS: dict[str, Any] = {
     "replay": {"name": "replay_mean", "from": {"mean_file_of": "acodm"}},
     "held": {"name": "static", "mixture": {"mean_of": "acodm"}},
     "schedule": {"name": "schedule", "points": POINTS},
+    "skillit": {"name": "skillit", "update_steps": 3, "graph_steps": 1},
+    "pike": {"name": "pike", "update_steps": 3},
+    "doremi": {"name": "doremi"},
 }
 
 
@@ -197,6 +202,41 @@ def test_a_trial_delivers_what_the_reference_of_the_order_says(
     names = ("step", "slot", "domain", "sha256")
     assert [{name: row[name] for name in names} for row in received] == expected
     assert record.max_share_error_sequences < 2.1  # 1 + ln 3
+
+
+def test_a_policy_that_asks_sees_the_policy_validation_split_and_it_is_counted(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    spec = spec_of(made)
+    seen: list[Any] = []
+
+    class Watched(Trial):
+        def _validated(self, report: Any) -> Any:
+            found = super()._validated(report)
+            model = self._learner.model
+            validation = self._held_out.policy_validation
+            expected = held_out_loss(model, validation, micro_batch=2)
+            seen.append((found.step, found.validation_loss == pytest.approx(expected, rel=1e-5)))
+            return found
+
+    keep_spec(spec, tmp_path)
+    trial = Watched(spec, tmp_path, "skillit", 0)
+    trial.run()
+    record = read_record(trial_folder(tmp_path, "skillit", 0) / RECORD_FILE)
+    due = [step for step in range(spec.steps) if trial._run.validation_due(step)]
+    assert due
+    assert seen == [(step, True) for step in due]
+    assert record.policy_validations == len(due)
+    # Three domains, three sequences of 16 labels each.
+    assert record.validation_tokens == len(due) * 3 * 3 * 16
+    assert run(spec, tmp_path, "pike").validation_tokens == 0
+
+
+def test_a_policy_that_needs_a_reference_model_is_refused(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="doremi needs a reference model"):
+        Trial(spec_of(made), tmp_path, "doremi", 0)
 
 
 def test_all_arms_have_the_same_run_but_for_policy_and_name(
