@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ _COLOURS = (
     *("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7"),
     *("#a463f2", "#97bbf5", "#9c6b4e", "#9498a0"),
 )
+_DOMAIN_COLOURS = colormaps["tab20"]
 _DASHES = ("-", "--", ":")
 _GREY = "#666666"
 _CONTROLS = {MACRO: "uniform", NATURAL: "natural"}
@@ -35,7 +37,11 @@ def draw_figures(results: Json, out: Path) -> dict[str, Path]:
     if any(control in results["arms"] for control in _CONTROLS.values()):
         drawn["Final differences to the static controls"] = _forest(results, out / "final.png")
     drawn["Mixtures over the run"] = _mixtures(results, out / "mixtures.png")
-    if "uniform" in results["arms"] and len(results["arms"]) > 1:
+    if any(
+        "uniform" in values["final_by_domain_less"]
+        for arm, values in results["arms"].items()
+        if arm != "uniform"
+    ):
         drawn["Final test loss by domain, against uniform"] = _domains(results, out / "domains.png")
     return drawn
 
@@ -132,7 +138,7 @@ def _mixtures(results: Json, path: Path) -> Path:
             edges[-len(shares) - 1 :],
             stacked,
             labels=domains,
-            colors=[_COLOURS[k % len(_COLOURS)] for k in range(len(domains))],
+            colors=[_DOMAIN_COLOURS(k % _DOMAIN_COLOURS.N) for k in range(len(domains))],
             step="post",
             linewidth=0.3,
             edgecolor="white",
@@ -148,9 +154,12 @@ def _mixtures(results: Json, path: Path) -> Path:
 
 def _domains(results: Json, path: Path) -> Path:
     domains = results["domains"]
-    base = np.asarray(results["arms"]["uniform"]["final_by_domain"])
-    arms = [arm for arm in results["arms"] if arm != "uniform"]
-    table = np.asarray([results["arms"][arm]["final_by_domain"] for arm in arms]) - base
+    less = {
+        arm: values["final_by_domain_less"]["uniform"]
+        for arm, values in results["arms"].items()
+        if arm != "uniform" and "uniform" in values["final_by_domain_less"]
+    }
+    arms, table = list(less), np.asarray(list(less.values()))
     figure = _figure(12, 2.2 + 0.36 * len(arms))
     axes = figure.add_subplot()
     limit = max(float(np.abs(table).max()), 1e-3)

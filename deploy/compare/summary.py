@@ -128,6 +128,11 @@ def _arm(trials: Trials, arm: str) -> Json:
             for metric in METRIC_NAMES
         },
         "final_by_domain": _mean(curves, lambda each: each.losses[-1]),
+        "final_by_domain_less": {
+            control: _less(curves, trials.by_arm[control])
+            for control in BASELINES
+            if control in trials.by_arm and curves.keys() & trials.by_arm[control].keys()
+        },
         "reached": {
             f"{control} {metric}": _reached(trials, arm, control, metric, charged)
             for control, metric in TARGETS
@@ -216,6 +221,15 @@ def _mean(
 ) -> list[Any]:
     mean: list[Any] = np.mean([of(each) for each in curves.values()], axis=0).tolist()
     return mean
+
+
+def _less(curves: Mapping[int, TrialCurves], control: Mapping[int, TrialCurves]) -> list[float]:
+    """Return [domains] final losses less the control's, over the seeds that both have."""
+    common = sorted(curves.keys() & control.keys())
+    found: list[float] = np.mean(
+        [curves[seed].losses[-1] - control[seed].losses[-1] for seed in common], axis=0
+    ).tolist()
+    return found
 
 
 def _known_mean(values: Sequence[float | None]) -> float | None:

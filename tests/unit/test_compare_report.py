@@ -50,6 +50,7 @@ def test_metrics_and_paired_differences_worked_by_hand() -> None:
     assert not found["excludes_zero"]
     # Only the seeds that both have.
     assert set(results["paired"]["macro"]["acodm"]["natural"]["differences"]) == {"0", "1"}
+    assert results["arms"]["acodm"]["final_by_domain_less"]["uniform"] == pytest.approx([-0.3] * 2)
     assert results["missing"] == ["random_actor"]
 
 
