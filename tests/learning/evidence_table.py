@@ -76,8 +76,8 @@ def worth_of_own_share(spec: CompareSpec, records: Sequence[TrialRecord]) -> lis
         f"{name:18}{slope:22.3f}{mean:14.3f}"
         for name, slope, mean in zip(records[0].domains, slopes, reward, strict=True)
     ]
-    found = correlation(reward, [-slope for slope in slopes])
-    return [*lines, f"correlation over domains of reward and worth: {found:+.2f}"]
+    agreement = correlation(reward, [-slope for slope in slopes])
+    return [*lines, f"correlation over domains of reward and worth: {agreement:+.2f}"]
 
 
 def _mean_reward(record: TrialRecord) -> NDArray[np.float64] | None:
