@@ -19,7 +19,7 @@ from tests.fakes_security import Authority, make_token, write_tokens
 from tests.harness_runs import harness_run, wait_until
 from tests.harness_runs import write_corpus as write_texts
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.timeout(240)
 
 _END_S = 60.0
 
@@ -133,6 +133,7 @@ def _headrace(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_parts_that_are_started_by_hand_show_no_token(tmp_path: Path) -> None:
     secrets = Secrets(tmp_path)
     patterns = write_corpus(tmp_path / "data")
@@ -182,6 +183,7 @@ def test_parts_that_are_started_by_hand_show_no_token(tmp_path: Path) -> None:
     assert secrets.assert_not_below(tmp_path) > 10_000
 
 
+@pytest.mark.long
 def test_a_local_run_with_tls_and_tokens_ends_well_and_shows_none(tmp_path: Path) -> None:
     secrets, out = Secrets(tmp_path), tmp_path / "out"
     data = write_texts(tmp_path / "data")
