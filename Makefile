@@ -92,3 +92,9 @@ check: lint types imports generated wheel
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# What a decision costs the controller, with growing numbers of domains and ranks. Writes
+# build/bench/decision.json.
+.PHONY: bench-decision
+bench-decision: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_decision

@@ -21,6 +21,8 @@ Number = TypeVar("Number", np.int64, np.float64)
 MAX_DEGRADED_STEPS_AHEAD = 100_000
 """How far beyond the last seal a rank can have got without the controller."""
 
+_NORMS = ("weight_norms", "update_norms")
+
 _LOSS_SLACK = 1e-6
 """Nats a token by which rounding may take a loss below 0."""
 
@@ -31,6 +33,8 @@ class StepReports:
 
     first_heard_s: float
     by_rank: dict[Rank, StepReport] = field(default_factory=dict)
+    num_norms: dict[str, tuple[Rank, int]] = field(default_factory=dict)
+    """How many norms of each kind a rank sent, and which: all send as many."""
 
 
 class Aggregator:
@@ -75,6 +79,9 @@ class Aggregator:
         if report.rank in reports.by_rank:
             return False
         self._check_norms(report, reports)
+        for name in _NORMS:
+            if norms := getattr(report, name):
+                reports.num_norms[name] = report.rank, len(norms)
         reports.by_rank[report.rank] = report
         return True
 
@@ -131,14 +138,13 @@ class Aggregator:
         _check_cursors(report, self._spec, self.world_size, who)
 
     def _check_norms(self, report: StepReport, reports: StepReports) -> None:
-        for other in reports.by_rank.values():
-            for name in ("weight_norms", "update_norms"):
-                here, there = getattr(report, name), getattr(other, name)
-                if here and there and len(here) != len(there):
-                    raise InvalidMessage(
-                        f"report of rank {report.rank}, step {report.step}: {name} has "
-                        f"{len(here)} numbers, but rank {other.rank} sent {len(there)}"
-                    )
+        for name, (other, there) in reports.num_norms.items():
+            here = len(getattr(report, name))
+            if here and here != there:
+                raise InvalidMessage(
+                    f"report of rank {report.rank}, step {report.step}: {name} has {here} numbers, "
+                    f"but rank {other} sent {there}"
+                )
 
 
 def _check_numbers(report: StepReport, spec: RunSpec, world_size: int, who: str) -> None:
@@ -178,7 +184,7 @@ def _check_numbers(report: StepReport, spec: RunSpec, world_size: int, who: str)
         )
     for name in ("step_s", "data_wait_s", "probe_s"):
         _check_measure(name, getattr(report, name), who)
-    for name in ("weight_norms", "update_norms"):
+    for name in _NORMS:
         for norm in getattr(report, name):
             _check_measure(name, norm, who)
 

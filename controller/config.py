@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +25,7 @@ from protos.apportion import MAX_GLOBAL_SEQUENCES
 from protos.dataset_index import DatasetIndex
 from protos.errors import ConfigError, DomainEmpty, IndexMismatch
 from protos.security import Security, check_bind, split_address
-from protos.spec import STOP, ProbeSpec, RunSpec, ValidationSpec
+from protos.spec import NORMS_ONLY, STOP, ProbeSpec, RunSpec, ValidationSpec
 from protos.tokenizer import TokenizerInfo
 
 Whole = Annotated[int, Field(strict=True, ge=0)]
@@ -303,6 +304,8 @@ def run_spec(
             part_norms=Statistic.GRADIENT_NOISE in needs,
             **config.probe.model_dump(),
         )
+    if probe is not None and not needs & {Statistic.ALIGNMENT, Statistic.GRADIENT_NOISE}:
+        probe = dataclasses.replace(probe, mode=NORMS_ONLY)
     return RunSpec(
         run_id=config.run,
         seed=config.seed,

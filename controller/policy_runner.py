@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from controller.ledger_schema import StepRecord
 from controller.observation import StepObservation
-from controller.policy.base import Policy, PolicyState
+from controller.policy.base import Diagnosed, Learner, Policy, PolicyState
 from controller.threads import SingleThread
 from protos.types import Step
 
@@ -32,13 +32,16 @@ class Advice:
     fault: str = ""
     """Why there are no shares."""
 
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+    """What the policy says of itself after the observation; empty: it says nothing."""
+
 
 class PolicyRunner:
     """Owns the policy: nothing else touches it once the runner has begun.
 
-    thread           does                        waits for
-    policy           observe, propose, copy      its queue
-    policy-writer    write copies to files       its queue, a copy
+    thread           does                            waits for
+    policy           observe, propose, learn, copy   its queue
+    policy-writer    write copies to files           its queue, a copy
     """
 
     def __init__(self, policy: Policy, *, budget_s: float) -> None:
@@ -47,6 +50,9 @@ class PolicyRunner:
         self._thread = SingleThread("headrace-policy")
         self._writer = SingleThread("headrace-policy-writer")
         self._backlog = 0
+        self._unlearned = ""
+        """Why the policy did not learn from its last observation."""
+
         self.name = policy.name
         self.learns = bool(policy.needs)
         """False: what it proposes for a step is known before the run begins."""
@@ -68,8 +74,9 @@ class PolicyRunner:
         self._backlog += 1
         future = asyncio.wrap_future(self._thread.submit(self._turn, observation, step))
         future.add_done_callback(self._ended)
+        self._thread.submit(self._learn)
         fault = await self._fault(future, observation.step)
-        return Advice(shares=None, fault=fault) if fault else Advice(shares=future.result())
+        return Advice(shares=None, fault=fault) if fault else future.result()
 
     async def advise_ahead(
         self, observations: Sequence[StepObservation], steps: range
@@ -115,11 +122,16 @@ class PolicyRunner:
         if not self._writer.close(timeout_s):
             logger.warning("the policy's state is not written after %g s; left behind", timeout_s)
 
-    def _turn(self, observation: StepObservation, step: Step) -> tuple[float, ...]:
-        self._policy.observe(observation)
-        shares = tuple(float(share) for share in self._policy.propose(step))
-        self.phase = self._policy.phase
-        return shares
+    def _turn(self, observation: StepObservation, step: Step) -> Advice:
+        policy = self._policy
+        policy.observe(observation)
+        shares = tuple(float(share) for share in policy.propose(step))
+        self.phase = policy.phase
+        if self._unlearned:
+            fault, self._unlearned = self._unlearned, ""
+            return Advice(shares=None, fault=fault)
+        diagnostics = policy.diagnostics() if isinstance(policy, Diagnosed) else {}
+        return Advice(shares=shares, diagnostics=diagnostics)
 
     def _turns(
         self, observations: Sequence[StepObservation], steps: range
@@ -127,6 +139,15 @@ class PolicyRunner:
         for observation in observations:
             self._policy.observe(observation)
         return [tuple(float(share) for share in self._policy.propose(Step(step))) for step in steps]
+
+    def _learn(self) -> None:
+        if not isinstance(self._policy, Learner):
+            return
+        try:
+            self._policy.learn()
+        except Exception as error:
+            logger.exception("policy failed to learn")
+            self._unlearned = f"the policy failed to learn: {type(error).__name__}: {error}"
 
     def _replay(self, state: PolicyState | None, records: Iterable[StepRecord]) -> None:
         if state is not None:
@@ -138,9 +159,10 @@ class PolicyRunner:
                 self._turn(record.observation, record.proposed_step)
             except Exception as error:  # noqa: BLE001  it failed in the same way the first time
                 logger.warning("policy failed again step=%d: %s", record.observation.step, error)
+            self._learn()
         self.phase = self._policy.phase
 
-    def _ended(self, future: asyncio.Future[tuple[float, ...]]) -> None:
+    def _ended(self, future: asyncio.Future[Advice]) -> None:
         self._backlog -= 1
         if not future.cancelled() and future.exception() is not None:
             logger.debug("the policy's turn ended in an error", exc_info=future.exception())

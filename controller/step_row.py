@@ -53,19 +53,19 @@ class StepRow:
     ) -> list[Entry]:
         """Return the records of the step."""
         reports, step = self.reports, self.step
-        proposed_step, proposal = Step(step + self._lag), None
+        proposed_step, advice = Step(step + self._lag), Advice(shares=None)
         if self.proposals:
             proposed_step, advice = self.proposals[-1]
-            proposal = advice.shares
         body: dict[str, Any] = {
             "generation": self.group.generation,
             "world_size": self.group.world_size,
             "observation": observation_body(self.observation),
             "to_policy": self.to_policy,
             "proposed_step": proposed_step if self.to_policy else -1,
-            "proposal": json_shares(proposal) if self.to_policy else None,
+            "proposal": json_shares(advice.shares) if self.to_policy else None,
             "decided_q32": None if self.decided is None else list(self.decided.shares_q32),
             "policy_phase": policy_phase,
+            "diagnostics": dict(advice.diagnostics),
             "reasons": list(reasons),
             "decision_ms": self.decision_ms,
             # As the ranks had it, which in a degraded step need not be what the ledger says.

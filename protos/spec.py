@@ -18,6 +18,8 @@ PROJECTIONS = ("sign", "gaussian", "orthonormal")
 DRAWS = ("step", "run")
 
 
+NORMS_ONLY = "norms"
+
 CONCATENATE = "concatenate"
 BEST_FIT = "best_fit"
 PACKINGS = (CONCATENATE, BEST_FIT)
@@ -26,10 +28,11 @@ PACKINGS = (CONCATENATE, BEST_FIT)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeSpec:
-    """How trainers measure the alignment of the domains' gradients."""
+    """What trainers measure of gradients and weights, and how."""
 
     mode: str = "sketch"
-    """`sketch`, or `exact` (full gradients of the watched layers; small models only)."""
+    """`sketch`, `exact` (full gradients of the watched layers; small models only), or `norms`: no
+    gradients, only the norms of weights and of their changes."""
 
     sketch_rows: int = 64
     """p: columns of the projection P of output gradients (out x p)."""
@@ -53,8 +56,10 @@ class ProbeSpec:
     """Measure the squared norms of the sequences' gradients as well."""
 
     def __post_init__(self) -> None:
-        if self.mode not in ("sketch", "exact"):
-            raise ValueError(f"probe.mode must be 'sketch' or 'exact', got {self.mode!r}")
+        if self.mode not in ("sketch", "exact", NORMS_ONLY):
+            raise ValueError(
+                f"probe.mode must be 'sketch', 'exact' or {NORMS_ONLY!r}, got {self.mode!r}"
+            )
         if self.projection not in PROJECTIONS:
             raise ValueError(
                 f"probe.projection must be one of {', '.join(PROJECTIONS)}, got {self.projection!r}"

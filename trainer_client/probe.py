@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from protos.errors import ConfigError
-from protos.spec import ProbeSpec
+from protos.spec import NORMS_ONLY, ProbeSpec
 from protos.types import Step
 from trainer_client.batches import Batch
 from trainer_client.device_copy import HostCopy
@@ -60,7 +60,8 @@ class GradientProbe:
         ranks: list[int] | None = None,
         norms: bool = True,
     ) -> None:
-        layers = probe_layers(model, spec)
+        # Where no gradients are asked for, no layer is watched and nothing is added up over ranks.
+        layers = {} if spec.mode == NORMS_ONLY else probe_layers(model, spec)
         devices = {layer.weight.device for layer in layers.values()}
         if len(devices) > 1:
             raise ConfigError(
@@ -69,13 +70,17 @@ class GradientProbe:
             )
         self.layer_names = tuple(layers)
         self._spec = spec
-        self._device = devices.pop()
+        self._device = next(iter(devices), torch.device("cpu"))
         self._num_domains = num_domains
         self._domain_ids: torch.Tensor | None = None
         self._mixed = False
         self._graph_ids: dict[torch.Size, torch.Tensor] = {}
         self._clock = Clock()
-        self._reduction = SketchReduction(world_size=world_size, device=self._device, ranks=ranks)
+        self._reduction: SketchReduction | None = None
+        if layers:
+            self._reduction = SketchReduction(
+                world_size=world_size, device=self._device, ranks=ranks
+            )
         self._sketches: list[LayerSketch] = []
         self._taps: list[tuple[LayerSketch, LinearTap | EmbeddingTap]] = []
         self._handles: list[RemovableHandle] = []
@@ -149,7 +154,7 @@ class GradientProbe:
 
     def measures(self, step: Step) -> bool:
         """Tell whether gradients are measured in a step; all ranks say the same."""
-        return step % self._spec.every_n_steps == 0
+        return self._reduction is not None and step % self._spec.every_n_steps == 0
 
     def begin(self, batch: Batch) -> None:
         """Say which micro-batch the model is about to see."""
@@ -183,7 +188,7 @@ class GradientProbe:
         begun = time.perf_counter()
         self._domain_ids = None
         alignment = parts = None
-        if self.measures(step):
+        if self._reduction is not None and self.measures(step):
             parts = self._part_squares(loss_scale)
             self._add_tensor_parallel_parts()
             flat = torch.cat([sketch.sums.flatten(1) for sketch in self._sketches], dim=1)

@@ -20,7 +20,7 @@ import numpy as np
 
 from controller.observation import StepObservation
 from controller.policy.acodm.initial import initial_shares
-from controller.policy.acodm.reward import RewardTracker
+from controller.policy.acodm.reward import RewardTracker, statistics
 from controller.policy.base import PolicyContext, Statistic
 from controller.policy.mixtures import floored
 from controller.policy.online import OnlinePolicy, Part
@@ -65,7 +65,7 @@ class AlignEgPolicy(OnlinePolicy):
     @property
     def needs(self) -> frozenset[Statistic]:
         """Losses and alignment."""
-        return frozenset({Statistic.LOSS, Statistic.ALIGNMENT})
+        return frozenset({Statistic.LOSS}) | statistics(self._config)
 
     def _learn(self, observation: StepObservation) -> None:
         if observation.alignment is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -46,6 +46,22 @@ class PolicyState:
     """JSON values."""
 
 
+@runtime_checkable
+class Diagnosed(Protocol):
+    """What a policy may have besides: figures by which to see whether it learns."""
+
+    def diagnostics(self) -> dict[str, float]:
+        """Return what is known now by name: finite numbers, cheap to tell."""
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """What a policy may have besides: learning that can wait until its mixture is announced."""
+
+    def learn(self) -> None:
+        """Learn from the last observation. The next one begins with it if nobody has asked."""
+
+
 class Policy(Protocol):
     """Turns observations into mixtures. Deterministic, given its state.
 
@@ -54,6 +70,7 @@ class Policy(Protocol):
         for each step s, when its reports are in:
             policy.observe(observation of s)
             shares = policy.propose(s + lag)
+            policy.learn()  # if it is a Learner; nobody waits for it
     """
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
@@ -100,10 +101,27 @@ class OdmPaperConfig(OdmSettings):
     name: Literal["odm_paper"] = "odm_paper"
 
 
+class ProxyConfig(PolicyModel):
+    """A policy that another run, of a smaller model, has learned."""
+
+    artefact: Path
+    """A snapshot of the policy of that run; its settings hold where the run file says nothing."""
+
+    mode: Literal["frozen", "learning"] = "frozen"
+    """`frozen`: no gradients are measured; `learning`: it acts from the first step and goes on to
+    learn after `warmup_steps`."""
+
+    domains: dict[str, str] | None = None
+    """This run's domain: the artefact's name of it. Domains left out keep their names."""
+
+
 class AcodmConfig(RewardSettings):
     """AC-ODM: an actor-critic rewarded by how well the domains' gradients align."""
 
     name: Literal["acodm"] = "acodm"
+    proxy: ProxyConfig | None = None
+    """Null: everything is learned in this run."""
+
     initial: MixtureSetting = "natural"
     """The mixture around which the warm-up acts."""
 
@@ -118,12 +136,18 @@ class AcodmConfig(RewardSettings):
     """Places for weight norms in the state: fewer are padded with 0, more are refused."""
 
     # Learning.
-    gamma: float = Field(default=0.95, ge=0, lt=1)
+    gamma: float = Field(default=0.5, ge=0, lt=1)
+    """How much the next step's value counts in a step's; the published code has 0.95. Rewards
+    hardly depend on what was mixed before, and a critic that adds 20 of them up learns late."""
+
     tau: float | None = Field(default=None, gt=0, le=1)
     """How far the target networks move towards the learned ones in an update. Null: as far in a run
     as in the published one, 42 / steps, within 0.001 and 0.05."""
 
-    actor_lr: float = Field(default=1e-4, gt=0)
+    actor_lr: float | None = Field(default=None, gt=0)
+    """Null: 1e-4 x 1024 / width, at most 3e-3. Adam moves a logit by about width x rate an update,
+    so narrow networks learn as fast as the published ones."""
+
     critic_lr: float = Field(default=1e-3, gt=0)
     clip_norm: float = Field(default=1.0, gt=0)
     anchor_weight: float = Field(default=1.0, ge=0)

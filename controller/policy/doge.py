@@ -60,7 +60,7 @@ class DogePolicy(OnlinePolicy):
             num_domains,
             kind="dot",
             importance="none",
-            own_term=config.own_term,
+            own_term="raw" if config.own_term else "none",
             smoothing=0.0,
             normalisation="over_time",
             horizon=1,

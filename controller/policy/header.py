@@ -10,7 +10,7 @@ from controller.policy.base import PolicyContext, PolicyState
 
 HEADER = "header"
 
-VERSION = 1
+VERSION = 2
 """Of what policies save; grows when a state of before cannot be restored any more."""
 
 

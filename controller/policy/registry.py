@@ -12,6 +12,7 @@ from controller.policy.config import (
     OdmConfig,
     OdmPaperConfig,
     PolicyConfig,
+    ProxyConfig,
     RandomActorConfig,
     ScheduleConfig,
     ShuffledRewardConfig,
@@ -32,6 +33,7 @@ from controller.policy.settings_of_rivals import (
     SkillitConfig,
 )
 from protos.spec import ValidationSpec
+from protos.types import Step
 
 
 def make_policy(config: PolicyConfig, context: PolicyContext) -> Policy:
@@ -88,8 +90,11 @@ def make_policy(config: PolicyConfig, context: PolicyContext) -> Policy:
 
             return ShuffledRewardPolicy(config, context)
         case AcodmConfig():
+            from controller.policy.acodm.frozen import FrozenAcodmPolicy
             from controller.policy.acodm.policy import AcodmPolicy
 
+            if config.proxy is not None and config.proxy.mode == "frozen":
+                return FrozenAcodmPolicy(config, context)
             return AcodmPolicy(config, context)
 
 
@@ -124,6 +129,8 @@ def initial_mixture(config: PolicyConfig, context: PolicyContext) -> tuple[float
             from controller.policy.replay_mean import mean_shares
 
             return mean_shares(config.source, context)
+        case AcodmConfig(proxy=ProxyConfig()):
+            return tuple(make_policy(config, context).propose(Step(0)))
         case AcodmConfig() | AlignEgConfig() | RandomActorConfig():
             return tuple(initial_shares(config, context).tolist())
 

@@ -46,6 +46,9 @@ class PolicyModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+OwnTerm = Literal["none", "raw", "debiased"]
+
+
 class RewardSettings(PolicyModel):
     """What those who go by AC-ODM's reward have in common, so that nothing else differs."""
 
@@ -59,9 +62,11 @@ class RewardSettings(PolicyModel):
     importance: Literal["none", "paper"] = "none"
     """`paper`: summed rather than mean gradients, divided by the domain's share."""
 
-    own_term: bool = False
-    """Count a domain's product with itself, too: then the reward is, to first order, how much a
-    step on the domain lowers the sum of all domains' losses."""
+    own_term: OwnTerm = "none"
+    """Whether a domain's product with itself counts, too: then the reward is, to first order, how
+    much a step on the domain lowers the sum of all domains' losses. `raw` is as measured, with the
+    noise of the domain's own sequences in it, the more the fewer they are; `debiased` has it taken
+    out, for which trainers measure the norm of each sequence's gradient as well."""
 
     moments_horizon: int = Field(default=1000, ge=1)
     """Steps over which the means and variances that normalise state and reward reach."""

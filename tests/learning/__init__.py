@@ -1,1 +1,1 @@
-"""Does mixing help."""
+"""Does mixing help: in simulated training with known best mixtures, and on real text."""

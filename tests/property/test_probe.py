@@ -192,3 +192,22 @@ def test_a_closed_probe_leaves_the_model_as_it_was() -> None:
 def test_several_ranks_without_torch_distributed_are_refused() -> None:
     with pytest.raises(ConfigError, match="call init_process_group"):
         GradientProbe(TinyModel(), spec=ProbeSpec(), num_domains=2, world_size=2)
+
+
+def test_where_only_norms_are_asked_for_nothing_is_watched_or_added_up_over_ranks() -> None:
+    model = TinyModel()
+    # Without torch.distributed two ranks could not add sketches up.
+    probe = GradientProbe(model, spec=ProbeSpec(mode="norms"), num_domains=2, world_size=2)
+    assert probe.layer_names == ()
+    assert all(not module._forward_hooks for module in model.modules())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch in make_batches([[0, 1]]):
+        probe.begin(batch)
+        summed_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        found = probe.finish(batch.step, loss_scale=1.0)
+        assert found.alignment is None
+        assert found.norms is not None
+        weights, updates = found.norms.wait()
+        assert (weights > 0).all()
+        assert (updates > 0).all()

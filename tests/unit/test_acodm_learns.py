@@ -13,9 +13,10 @@ from controller.policy.acodm.policy import AcodmPolicy
 from controller.policy.config import AcodmConfig
 from protos.types import Step
 from tests.fakes_policy import SimulatedRun, make_context
+from tests.laws import assert_same_state
 
 GOOD = (1, 3)
-STEPS = 240
+STEPS = 160
 UNIFORM = 2 / 5
 
 
@@ -35,7 +36,7 @@ def share_of_good(config: AcodmConfig, *, seed: int, good: tuple[int, ...] = GOO
     return float(np.array(proposals[-20:])[:, GOOD].sum(axis=1).mean())
 
 
-BASE = AcodmConfig(initial="uniform", width=64, depth=2, batch_size=16)
+BASE = AcodmConfig(initial="uniform", width=32, depth=2, batch_size=16)
 
 
 @pytest.mark.parametrize(
@@ -111,3 +112,28 @@ def test_the_replay_holds_the_mixture_that_was_carried_out() -> None:
     policy.observe(replace(second, sequences=sequences))
     held = policy.state().arrays["replay.mixtures"][0]
     assert held == pytest.approx(sequences / 64, rel=1e-6)
+
+
+def test_it_makes_no_difference_whether_it_learns_at_once_or_before_the_next_step() -> None:
+    context = make_context(3)
+    at_once, later = (AcodmPolicy(BASE, context) for _ in range(2))
+    run = SimulatedRun(context=context)
+    for step in range(24):
+        for policy in (at_once, later):
+            policy.observe(run.observation(step, (0.2, 0.3, 0.5)))
+        assert at_once.propose(Step(step + 2)) == later.propose(Step(step + 2))
+        at_once.learn()
+        at_once.learn()  # once is enough
+    assert_same_state(at_once.state(), later.state())
+
+
+def test_a_mixture_does_not_wait_for_what_the_step_teaches() -> None:
+    context = make_context(3)
+    policy = AcodmPolicy(BASE, context)
+    run = SimulatedRun(context=context)
+    run.play(policy, range(20))
+    before = policy.state().arrays["agent.critic.weights"]
+    policy.observe(run.observation(20, (0.2, 0.3, 0.5)))
+    assert np.array_equal(policy._agent.arrays()["critic.weights"], before)
+    policy.learn()
+    assert not np.array_equal(policy._agent.arrays()["critic.weights"], before)

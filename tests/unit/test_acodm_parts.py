@@ -43,7 +43,7 @@ def rewards_of(**settings: Any) -> RewardTracker:
     chosen = {
         "kind": "dot",
         "importance": "none",
-        "own_term": False,
+        "own_term": "none",
         "smoothing": 0.5,
         "normalisation": "over_time",
         "horizon": 100,
@@ -62,17 +62,56 @@ def rewards_of(**settings: Any) -> RewardTracker:
             {"kind": "paper", "importance": "paper"},
             [9 * 0.25, 16 * 0.25, 9 * 0.25 + 16 * 0.5],
         ),
-        ({"kind": "paper", "own_term": True}, [9 + 9, 16 + 16, 25 + 25]),
-        ({"kind": "dot", "own_term": True}, [18 / 4, 32 / 4, 50 / 4]),
-        ({"kind": "cosine", "own_term": True}, [1 + 9 / 15, 1 + 16 / 20, 1 + 9 / 15 + 16 / 20]),
+        ({"kind": "paper", "own_term": "raw"}, [9 + 9, 16 + 16, 25 + 25]),
+        ({"kind": "dot", "own_term": "raw"}, [18 / 4, 32 / 4, 50 / 4]),
         (
-            {"kind": "paper", "importance": "paper", "own_term": True},
+            {"kind": "cosine", "own_term": "raw"},
+            [1 + 9 / 15, 1 + 16 / 20, 1 + 9 / 15 + 16 / 20],
+        ),
+        (
+            {"kind": "paper", "importance": "paper", "own_term": "raw"},
             [9 * 0.25 + 9 * 0.25, 16 * 0.5 + 16 * 0.25, 9 * 0.25 + 16 * 0.5 + 25 * 0.25],
         ),
     ],
 )
 def test_rewards_by_hand(settings: dict[str, str], wanted: list[float]) -> None:
     assert rewards_of(**settings).update(seen()) == pytest.approx(wanted)
+
+
+def test_the_own_term_without_the_noise_of_the_domains_own_sequences() -> None:
+    rng = np.random.default_rng(0)
+    rewards = rewards_of(kind="paper", own_term="debiased", smoothing=0.0)
+    noisy = rewards_of(kind="paper", own_term="raw", smoothing=0.0)
+    parts = np.array([2, 4, 8])
+    found, measured = [], []
+    for _ in range(4000):
+        of_parts = [
+            GRADIENTS[k] * 10 + rng.normal(size=(number, 2)) * 50 for k, number in enumerate(parts)
+        ]
+        summed = np.stack([rows.sum(axis=0) for rows in of_parts])
+        observation = replace(
+            seen(tokens=parts * 10),
+            alignment=summed @ summed.T,
+            part_square_norms=np.array([(rows**2).sum() for rows in of_parts]),
+            num_parts=parts,
+        )
+        found.append(rewards.update(observation))
+        measured.append(noisy.update(observation))
+    wanted = np.array([9 + 9, 16 + 16, 25 + 25])
+    assert np.mean(found, axis=0) == pytest.approx(wanted, abs=1.5)
+    # 2 coordinates x variance 25 a part, over the number of parts.
+    assert np.mean(measured, axis=0) == pytest.approx(wanted + 50 / parts, abs=1.5)
+
+
+def test_a_single_sequence_or_no_norms_leave_the_own_term_as_it_was() -> None:
+    rewards = rewards_of(kind="paper", own_term="debiased", smoothing=0.0)
+    assert rewards.update(seen()) == pytest.approx([9, 16, 25])  # not known: nothing
+    parts = np.array([2, 1, 2])
+    squares = (GRADIENTS**2).sum(axis=1) * (parts * 10) ** 2
+    known = replace(seen(tokens=parts * 10), part_square_norms=squares / 2, num_parts=parts)
+    # Two equal sequences: all of the square comes from their product.
+    assert rewards.update(known) == pytest.approx([9 + 9, 16, 25 + 25])
+    assert rewards.update(seen()) == pytest.approx([9 + 9, 16, 25 + 25])
 
 
 def test_a_domain_drawn_more_often_scores_no_more_for_it() -> None:
@@ -131,12 +170,13 @@ def test_the_state_by_hand_over_two_steps() -> None:
     tracker = StateTracker(3, norm_layers=2)
     first = tracker.update(seen())
     assert len(first) == state_size(3, 2)
-    log_tokens = [math.log(101), math.log(201), math.log(101)]
+    # Of the 400 x 100 tokens that the run is going to have at this pace.
+    log_tokens = [math.log(tokens / 40_001) for tokens in (101, 201, 101)]
     assert first == pytest.approx(
         np.array([3, 2, 1, 0, 0, 0, *log_tokens, 7, 0, 0.5, 0, 0.01]), rel=1e-6
     )
     second = replace(seen(tokens=np.array([100, 0, 100])), step=Step(1), weight_norms=np.zeros(0))
-    log_tokens = [math.log(201), math.log(201), math.log(201)]
+    log_tokens = [math.log(201 / 30_001)] * 3
     second = replace(second, loss_sum=np.array([250.0, 0, 150.0]))
     assert tracker.update(second) == pytest.approx(
         np.array([2.5, 2, 1.5, -0.5, 0, 0.5, *log_tokens, 7, 0, 0.5, 0, 0.02]), rel=1e-6
@@ -155,6 +195,19 @@ def test_more_norms_than_places_are_refused_and_say_what_to_set() -> None:
         StateTracker(3, norm_layers=1).check(replace(seen(), update_norms=np.ones(2)))
 
 
+def test_what_the_actor_sees_of_a_run_does_not_go_by_the_size_of_its_steps() -> None:
+    states = []
+    for tokens, num_steps in ((TOKENS, 100), (TOKENS * 1000, 100), (TOKENS * 1000, 200)):
+        tracker = StateTracker(3, norm_layers=1)
+        for step in range(num_steps // 2):
+            observation = replace(seen(tokens=tokens), step=Step(step), num_steps=num_steps)
+            state = tracker.update(observation)
+        states.append(state)
+    small, large, longer = states
+    assert large == pytest.approx(small, abs=1e-3)
+    assert longer == pytest.approx(small, abs=1e-3)
+
+
 def test_moments_are_those_of_all_steps_until_the_horizon() -> None:
     values = np.random.default_rng(0).normal(5, 2, (50, 3))
     moments = RunningMoments(3, horizon=50)
@@ -168,7 +221,18 @@ def test_moments_forget_beyond_the_horizon() -> None:
     moments = RunningMoments(1, horizon=5)
     for value in [0.0] * 50 + [10.0] * 50:
         moments.update(np.array([value]))
-    assert moments.arrays()["mean"] == pytest.approx(10, abs=1e-3)
+    assert moments.mean == pytest.approx(10, abs=1e-3)
+
+
+def test_moments_can_be_kept_for_some_numbers_and_begun_anew_for_others() -> None:
+    moments, own = RunningMoments(2, horizon=100), np.array([False, True])
+    for value in (1.0, 3.0):
+        moments.update(np.array([value, value]))
+    moments.forget(own)
+    for value in (10.0, 20.0):
+        moments.update(np.array([value, value]), where=own)
+    assert moments.mean.tolist() == [2.0, 15.0]
+    assert moments.variance.tolist() == [1.0, 25.0]
 
 
 def test_what_never_varies_is_0_and_what_jumps_is_cut_off() -> None:
@@ -222,3 +286,22 @@ def test_a_full_replay_comes_back_from_its_arrays_and_goes_on_alike() -> None:
         push(ring, 5)
     one, two = replay.arrays(), other.arrays()
     assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_own_terms_are_smoothed_by_their_pairs_of_sequences() -> None:
+    rewards = rewards_of(kind="paper", own_term="debiased", smoothing=0.5)
+    others = rewards_of(kind="paper", smoothing=0.5)
+    for number, square in ((2, 4.0), (3, 1.0)):
+        parts = np.full(3, number)
+        alignment = np.diag(np.full(3, square * 100))
+        step = replace(
+            seen(tokens=parts * 10),
+            alignment=alignment,
+            part_square_norms=np.full(3, 100.0),
+            num_parts=parts,
+        )
+        both = rewards.update(step), others.update(step)
+    # Squares less norms 300 and 0; pairs of 2 and 6, each of 10 x 10 tokens.
+    first = 300 / 200
+    second = (0.5 * 300 / 2 + 0.5 * 0) / (0.5 * 200 / 2 + 0.5 * 600)
+    assert both[0] - both[1] == pytest.approx(0.5 * first + 0.5 * second)

@@ -55,3 +55,51 @@ def test_what_the_disk_says_comes_to_whoever_saves() -> None:
     assert isinstance(runner.save(write).exception(5.0), OSError)
     assert runner.save(lambda state: Path("there")).result(5.0) == Path("there")
     runner.close(5.0)
+
+
+class SlowLearner(ScriptedPolicy):
+    """Learns only when it is let, and fails the first times if told to."""
+
+    def __init__(self, *, failures: int = 0) -> None:
+        super().__init__(lambda step: (0.2, 0.3, 0.5))
+        self.may_learn = threading.Event()
+        self.num_failures = failures
+        self.num_learned = 0
+
+    def learn(self) -> None:
+        assert self.may_learn.wait(30)
+        if self.num_failures:
+            self.num_failures -= 1
+            raise ArithmeticError("a gradient that is not finite")
+        self.num_learned += 1
+
+
+def test_nobody_waits_for_what_a_policy_learns_from_a_step() -> None:
+    policy = SlowLearner()
+    runner = PolicyRunner(policy, budget_s=10.0)
+
+    async def play() -> None:
+        await advise(runner, range(1))
+        assert policy.num_learned == 0
+        policy.may_learn.set()
+        await advise(runner, range(1, 3))
+        assert policy.num_learned >= 2  # the next turn comes after what was to be learned
+
+    asyncio.run(play())
+    runner.close(5.0)
+
+
+def test_a_policy_that_fails_to_learn_is_not_followed_until_it_does() -> None:
+    policy = SlowLearner(failures=1)
+    policy.may_learn.set()
+    runner = PolicyRunner(policy, budget_s=10.0)
+
+    async def play() -> None:
+        await advise(runner, range(1))
+        advice = await runner.advise(RUN.observation(1, (0.5, 0.25, 0.25)), Step(3))
+        assert advice.shares is None
+        assert "failed to learn: ArithmeticError" in advice.fault
+        await advise(runner, range(2, 4))
+
+    asyncio.run(play())
+    runner.close(5.0)

@@ -16,9 +16,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector
+from torch.nn.utils import get_total_norm
 
-from controller.policy.acodm.networks import Actor, Critic
+from controller.policy.acodm.networks import (
+    Actor,
+    Critic,
+    flat,
+    set_weights,
+    shares_of,
+    split,
+)
 from controller.policy.config import AcodmConfig
 
 
@@ -68,18 +75,17 @@ class Agent:
         )
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self._fit = np.zeros(2)
+        """The critic's mean squared error and the variance of its targets, lately."""
+
         self._optimisers = {
-            "actor": torch.optim.Adam(self.actor.parameters(), lr=config.actor_lr),
-            "critic": torch.optim.Adam(self.critic.parameters(), lr=config.critic_lr),
+            "actor": torch.optim.Adam(self.actor.parameters(), lr=actor_lr(config), fused=True),
+            "critic": torch.optim.Adam(self.critic.parameters(), lr=config.critic_lr, fused=True),
         }
 
     def act(self, state: NDArray[np.float32], noise: Tensor | None = None) -> NDArray[np.float64]:
         """Return the [domains] shares that the actor gives in a normalised state."""
-        with torch.no_grad():
-            shares = self.actor(torch.from_numpy(state)[None], noise)[0]
-        exact: NDArray[np.float64] = shares.numpy().astype(np.float64)
-        exact /= exact.sum()
-        return exact
+        return shares_of(self.actor, state, noise)
 
     def warm_up(self, batch: Batch) -> None:
         """Clone the behaviour that filled the replay, and learn its value."""
@@ -144,21 +150,31 @@ class Agent:
         return (batch.mixtures * batch.rewards).sum(-1, keepdim=True)
 
     def _critic_loss(self, batch: Batch, wanted: Tensor) -> Tensor:
-        return mse_loss(self.critic(batch.states, batch.mixtures), wanted)
+        loss = mse_loss(self.critic(batch.states, batch.mixtures), wanted)
+        seen = np.array([loss.item(), wanted.var(correction=0).item()])
+        self._fit += (1 - _FIT_MEMORY) * (seen - self._fit)
+        return loss
+
+    @property
+    def explained_variance(self) -> float | None:
+        """Part of the targets' variance that the critic foresees, lately; None: nothing varies."""
+        error, variance = self._fit
+        return float(1 - error / variance) if variance > 0 else None
 
     def _step(self, name: str, loss: Tensor) -> None:
         optimiser = self._optimisers[name]
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        clip_grad_norm_(
-            optimiser.param_groups[0]["params"], self._config.clip_norm, error_if_nonfinite=True
-        )
+        parameters = optimiser.param_groups[0]["params"]
+        norm = get_total_norm([parameter.grad for parameter in parameters], error_if_nonfinite=True)
+        # The optimiser divides gradients that are too long as it reads them: one pass less.
+        scale = (norm / self._config.clip_norm).clamp_min(1.0)
+        optimiser.grad_scale = scale  # type: ignore[attr-defined]  # as torch's GradScaler does
         optimiser.step()
 
     @torch.no_grad()
     def _follow(self, target: nn.Module, learned: nn.Module) -> None:
-        for slow, fast in zip(target.parameters(), learned.parameters(), strict=True):
-            slow.lerp_(fast, self._tau)
+        torch._foreach_lerp_(list(target.parameters()), list(learned.parameters()), self._tau)
 
     def _networks(self) -> Iterator[tuple[str, nn.Module]]:
         yield "actor", self.actor
@@ -168,26 +184,25 @@ class Agent:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return what `restore` needs; copies."""
-        arrays = {
-            f"{name}.weights": _flat(list(network.parameters()))
+        arrays: dict[str, NDArray[Any]] = {
+            f"{name}.weights": flat(list(network.parameters()))
             for name, network in self._networks()
         }
+        arrays["fit"] = self._fit.copy()
         for name, optimiser in self._optimisers.items():
             states = list(optimiser.state.values())
             arrays[f"{name}.num_updates"] = np.array(
                 int(states[0]["step"]) if states else 0, np.int64
             )
             for moment in _MOMENTS:
-                arrays[f"{name}.{moment}"] = _flat([state[moment] for state in states])
+                arrays[f"{name}.{moment}"] = flat([state[moment] for state in states])
         return arrays
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Go on from what `arrays` returned."""
         for name, network in self._networks():
-            weights = torch.from_numpy(np.array(arrays[f"{name}.weights"]))
-            with torch.no_grad():
-                for parameter, part in _split(weights, network):
-                    parameter.copy_(part)
+            set_weights(network, arrays[f"{name}.weights"])
+        self._fit = np.array(arrays["fit"], np.float64)
         for name, optimiser in self._optimisers.items():
             self._restore_optimiser(optimiser, name, arrays)
 
@@ -202,28 +217,22 @@ class Agent:
         for parameter in network.parameters():
             optimiser.state[parameter] = {"step": torch.tensor(float(num_updates))}
         for moment in _MOMENTS:
-            values = torch.from_numpy(np.array(arrays[f"{name}.{moment}"]))
-            for parameter, part in _split(values, network):
-                optimiser.state[parameter][moment] = part.clone()
+            for parameter, part in split(arrays[f"{name}.{moment}"], network):
+                optimiser.state[parameter][moment] = part
 
+
+def actor_lr(config: AcodmConfig) -> float:
+    """Return the actor's learning rate, also where the run file leaves it to the width."""
+    return config.actor_lr or min(1e-4 * PUBLISHED_WIDTH / config.width, 3e-3)
+
+
+PUBLISHED_WIDTH = 1024
 
 LEAST_INITIAL = 1e-4
 """Stands for a share of 0 where its logarithm is needed."""
 
+_FIT_MEMORY = 0.98
+"""How much of what was known of the critic's fit stays at an update."""
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 """As Adam calls its running means."""
-
-
-def _flat(tensors: list[Any]) -> NDArray[np.float32]:
-    if not tensors:
-        return np.zeros(0, np.float32)
-    with torch.no_grad():
-        values: NDArray[np.float32] = parameters_to_vector(tensors).numpy().copy()
-    return values
-
-
-def _split(values: Tensor, network: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    parameters = list(network.parameters())
-    parts = torch.split(values, [parameter.numel() for parameter in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        yield parameter, part.view_as(parameter)

@@ -20,20 +20,38 @@ class RunningMoments:
 
     def __init__(self, size: int, *, horizon: int) -> None:
         self._horizon = horizon
-        self._count = 0
+        self._count = np.zeros(size, np.int64)
         self._mean = np.zeros(size)
         self._variance = np.zeros(size)
 
-    def update(self, values: NDArray[np.floating[Any]]) -> None:
-        """Take in [size] values, or [any, size] of one step."""
+    def update(
+        self, values: NDArray[np.floating[Any]], *, where: NDArray[np.bool_] | None = None
+    ) -> None:
+        """Take in [size] values, or [any, size] of one step; those `where` says, if it is given."""
         batch = np.atleast_2d(np.asarray(values, np.float64))
-        self._count += 1
+        counted = np.ones(len(self._count), np.bool_) if where is None else where
+        self._count = self._count + counted
         # The plain mean of all steps at first, then one that forgets.
-        part = 1 / min(self._count, self._horizon)
+        part = np.where(counted, 1 / np.clip(self._count, 1, self._horizon), 0.0)
         mean, variance = batch.mean(axis=0), batch.var(axis=0)
         delta = mean - self._mean
         self._variance = (1 - part) * (self._variance + part * delta**2) + part * variance
         self._mean = self._mean + part * delta
+
+    def forget(self, where: NDArray[np.bool_]) -> None:
+        """Begin anew with the values that `where` says."""
+        for held in (self._count, self._mean, self._variance):
+            held[where] = 0
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """[size]; a copy."""
+        return self._mean.copy()
+
+    @property
+    def variance(self) -> NDArray[np.float64]:
+        """[size]; a copy."""
+        return self._variance.copy()
 
     def normalised(self, values: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
         """Return [..., size] values less the mean, in standard deviations; 0 if nothing varies."""
@@ -46,13 +64,13 @@ class RunningMoments:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return what `restore` needs; copies."""
         return {
-            "count": np.array(self._count, np.int64),
+            "count": self._count.copy(),
             "mean": self._mean.copy(),
             "variance": self._variance.copy(),
         }
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Go on from what `arrays` returned."""
-        self._count = int(arrays["count"])
+        self._count = np.array(arrays["count"], np.int64)
         self._mean = np.array(arrays["mean"], np.float64)
         self._variance = np.array(arrays["variance"], np.float64)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 
@@ -63,6 +67,43 @@ class Critic(nn.Module):
         """Return [batch, values]."""
         values: Tensor = self._values(torch.cat([states, mixtures], dim=-1))
         return values
+
+
+def shares_of(
+    actor: Actor, state: NDArray[np.float32], noise: Tensor | None = None
+) -> NDArray[np.float64]:
+    """Return the [domains] shares that the actor gives in a normalised state."""
+    with torch.no_grad():
+        shares = actor(torch.from_numpy(state)[None], noise)[0]
+    exact: NDArray[np.float64] = shares.numpy().astype(np.float64)
+    exact /= exact.sum()
+    return exact
+
+
+def flat(tensors: list[Any]) -> NDArray[np.float32]:
+    """Return a copy of all tensors as one vector."""
+    # numpy asks for huge pages, without which most of the time goes into page faults.
+    values = np.empty(sum(tensor.numel() for tensor in tensors), np.float32)
+    if tensors:
+        with torch.no_grad():
+            torch.cat([tensor.reshape(-1) for tensor in tensors], out=torch.from_numpy(values))
+    return values
+
+
+def split(values: NDArray[Any], network: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Yield the network's parameters and their parts of a vector that `flat` returned; copies."""
+    parameters = list(network.parameters())
+    copied = torch.from_numpy(np.array(values))
+    parts = torch.split(copied, [parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        yield parameter, part.view_as(parameter).clone()
+
+
+@torch.no_grad()
+def set_weights(network: nn.Module, values: NDArray[Any]) -> None:
+    """Give a network the weights that `flat` returned of another."""
+    for parameter, part in split(values, network):
+        parameter.copy_(part)
 
 
 _HEAD_SCALE = 0.01
