@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/local
 
-.PHONY: install run test test-long bench-latency bench-loader bench-probe bench-sketch bench-worker fuzz lint types imports generated wheel check clean
+.PHONY: install run test test-long bench-latency bench-loader bench-probe bench-sketch bench-worker fuzz compare-evidence lint types imports generated wheel check clean
 
 install: $(STAMP)
 
@@ -62,7 +62,7 @@ bench-sketch: install
 # trial is missing (that needs the corpus that the comparison's data.source names).
 compare-evidence: install
 	mkdir -p build/compare
-	cp -rn tests/learning/evidence/. build/compare/
+	test -d build/compare/main || cp -r tests/learning/evidence/main build/compare/main
 	$(BIN)/headrace compare build/compare/main $(ARGS)
 
 # Coverage-guided fuzzing of all that reads bytes from elsewhere, COUNT executions of each target.
