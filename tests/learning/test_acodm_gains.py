@@ -84,7 +84,7 @@ def test_where_mixing_does_not_matter_it_loses_nothing(contender: str) -> None:
 
 def test_strangers_are_served_by_their_own_terms_and_not_harmed_without() -> None:
     assert gain("strangers", "acodm") > -0.5
-    assert gain("strangers", "acodm, own term debiased") > 0.3
+    assert gain("strangers", "acodm, own term debiased") > 0.15
 
 
 # Faults of the published code (their numbers in the specification), each planted and caught.
