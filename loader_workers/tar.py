@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from loader_workers.tar_header import Header, parse
 from protos.errors import ShardUnreadable
 
 BLOCK = 512
@@ -101,9 +102,7 @@ class TarReader:
                 if member is not None:
                     yield member
 
-    def _member(
-        self, info: tarfile.TarInfo, extension: dict[str, str], header_at: int
-    ) -> Member | None:
+    def _member(self, info: Header, extension: dict[str, str], header_at: int) -> Member | None:
         name = extension.get("path", info.name)
         size = info.size
         if "size" in extension:
@@ -127,14 +126,14 @@ class TarReader:
         self._newest = Member(name=name, offset=self._offset, size=size)
         return self._newest
 
-    def _parse(self, header: bytes, header_at: int) -> tarfile.TarInfo:
+    def _parse(self, header: bytes, header_at: int) -> Header:
         try:
-            return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            return parse(header)
         except (tarfile.HeaderError, ValueError) as error:
             hint = "; is it compressed? unpack it" if header[:2] == b"\x1f\x8b" else ""
             raise self._damaged(f"not a tar header: {error}{hint}", header_at) from error
 
-    def _extension_content(self, info: tarfile.TarInfo, header_at: int) -> bytes:
+    def _extension_content(self, info: Header, header_at: int) -> bytes:
         if not 0 <= info.size <= MAX_EXTENSION_BYTES:
             raise self._damaged(
                 f"an extended header claims {info.size} bytes, more than {MAX_EXTENSION_BYTES}",
@@ -144,11 +143,11 @@ class TarReader:
         self._skip(-info.size % BLOCK, what="an extended header")
         return content
 
-    def _long_name(self, info: tarfile.TarInfo, header_at: int) -> str:
+    def _long_name(self, info: Header, header_at: int) -> str:
         content = self._extension_content(info, header_at)
         return content.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
 
-    def _pax_records(self, info: tarfile.TarInfo, header_at: int) -> dict[str, str]:
+    def _pax_records(self, info: Header, header_at: int) -> dict[str, str]:
         """Parse `length key=value newline` records; the length counts the whole record."""
         content = self._extension_content(info, header_at)
         records: dict[str, str] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from loader_workers.samples import read_samples
 from loader_workers.tar import BLOCK, Member, TarReader
+from loader_workers.tar_header import parse_usual
 from protos.errors import ShardUnreadable
 from tests.fakes_loader import shard_bytes
 
@@ -222,3 +224,51 @@ def test_a_compressed_shard_is_named_as_one() -> None:
 def test_no_bytes_make_it_fail_in_another_way(data: bytes) -> None:
     with pytest.raises(ShardUnreadable):
         _members(data)
+
+
+_FORMATS: tuple[Literal[0, 1, 2], ...] = (
+    tarfile.USTAR_FORMAT,
+    tarfile.GNU_FORMAT,
+    tarfile.PAX_FORMAT,
+)
+
+
+@given(
+    name=st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=180),
+    size=st.integers(0, 1 << 34),
+    tar_format=st.sampled_from(_FORMATS),
+    type_=st.sampled_from([tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE]),
+    change=st.none() | st.tuples(st.integers(0, BLOCK - 1), st.integers(1, 255)),
+)
+def test_usual_headers_are_parsed_as_tarfile_parses_them(
+    name: str, size: int, tar_format: Literal[0, 1, 2], type_: bytes, change: tuple[int, int] | None
+) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.mtime = size, type_, 1_700_000_000.5
+    try:
+        blocks = bytearray(info.tobuf(tar_format, "utf-8", "surrogateescape"))
+    except ValueError:
+        return  # this format cannot hold that name or size
+    if change is not None:
+        blocks[change[0]] ^= change[1]
+    for at in range(0, len(blocks), BLOCK):
+        header = bytes(blocks[at : at + BLOCK])
+        usual = parse_usual(header)
+        try:
+            expected = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except (tarfile.HeaderError, ValueError):
+            assert usual is None
+            continue
+        if usual is not None:
+            assert usual == (expected.name, expected.size, expected.type)
+
+
+def test_what_webdataset_and_tarfile_write_is_usual() -> None:
+    info = tarfile.TarInfo("000001.txt")
+    info.size, info.mtime = 100, 1_700_000_000.5
+    pax = info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+    headers = [pax[at : at + BLOCK] for at in (0, 2 * BLOCK)]
+    assert [(usual.type, usual.size) for usual in map(parse_usual, headers) if usual] == [
+        (tarfile.XHDTYPE, 22),
+        (tarfile.REGTYPE, 100),
+    ]
