@@ -85,7 +85,7 @@ def text_on_the_way(folder: Path) -> dict[str, float]:
                 source, {Lane(lane): zeros for lane in range(_LANES)}, first_slot=0, end_slot=64
             )
             mixture, carry = Mixture.uniform(1), no_carry(1)
-            num_steps = num_tokens // (64 * 1024) - 1
+            num_steps = num_tokens // (64 * 1024)
             composer.prepare(mixture.shares)
             for step in range(num_steps):
                 counts, carry = apportion(mixture, global_sequences=64, carry=carry)
