@@ -59,6 +59,7 @@ def timeless(results: Any) -> Any:
     return results
 
 
+@pytest.mark.long
 def test_a_comparison_that_was_killed_ends_like_one_that_was_not(tmp_path: Path) -> None:
     source = write_corpus(tmp_path / "corpus")
     arms = {"uniform": {"name": "uniform"}, "acodm": SMALL_ACODM}

@@ -155,10 +155,12 @@ def test_the_example_trainer_without_a_controller_ends_with_one_sentence() -> No
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr == (
+    assert done.stderr.startswith(
         "train.py: cannot reach the controller at 127.0.0.1:1 after 0.5 s: start it "
-        "(headrace controller run.yaml) or check the address and the firewall\n"
+        "(headrace controller run.yaml) or check the address, the firewall and, with TLS, the "
+        "certificates (no answer from 127.0.0.1:1: "
     )
+    assert done.stderr.count("\n") == 1
 
 
 if __name__ == "__main__":
