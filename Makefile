@@ -24,7 +24,7 @@ run: install
 
 # Everything but the tests marked `long`.
 test: install
-	$(BIN)/python -m pytest -m 'not long' $(ARGS)
+	$(BIN)/python -m pytest -m 'not long' --durations 20 --durations-min 5 $(ARGS)
 
 # The tests that take minutes, with what they print.
 test-long: install
