@@ -43,7 +43,8 @@ class Served:
     async def _digest(self) -> str:
         made = self.bench
         state, group, loop = made.state, made.state.group, made.loop
-        policy = made.runner._policy.state()
+        # On the policy's own thread, behind what it may still be learning.
+        policy = await made.runner._thread.call(made.runner._policy.state)
         gathering = made.service._joining._barrier.gathering
         # That the same state was saved again is recorded, and changes nothing.
         rows = [
