@@ -6,6 +6,8 @@ figures and writes them to `build/bench/probe.json`, under `cpu` or `cuda`:
 
 - `on_over_off_median`: the median over pairs of step time on over off; `cpu_time_median` the same
   of the process's CPU time, which other load on the machine blurs less;
+- `probe_s_median`: the seconds that the probe itself counted in a step, in parts of that step;
+  what its products cost the step's others (caches, a copy of the watched outputs) is not in it;
 - `flops_share`: products that the probe adds, in parts of the step's own, as torch counts them;
 - `memory_share`: on CUDA what the peak of allocated memory rises by; on the CPU the bytes that the
   probe holds over those of weights, gradients and optimizer.
@@ -65,6 +67,9 @@ class Trainer:
         self.model = make_model(work.model, VOCABULARY, work.length).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.probe: GradientProbe | None = None
+        self.probe_s = 0.0
+        """What the probe counted in the last step that it was on."""
+
         self._step = 0
 
     def watch(self) -> None:
@@ -105,7 +110,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if on and self.probe is not None:
-            self.probe.finish(batch.step, loss_scale=1.0)
+            self.probe_s = self.probe.finish(batch.step, loss_scale=1.0).probe_s
         self._wait()
         return time.perf_counter() - begun, time.process_time() - cpu
 
@@ -174,12 +179,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         trainer.watch()
     share = memory_share(trainer, work, device)
     flops = {on: products(partial(trainer.step, on=on)) for on in (False, True)}
-    ratios, cpu_ratios, step_s = [], [], []
+    ratios, cpu_ratios, own, step_s = [], [], [], []
     for pair in range(arguments.pairs):
         order = (True, False) if pair % 2 else (False, True)
         taken = {on: trainer.step(on=on) for on in order}
         ratios.append(taken[True][0] / taken[False][0])
         cpu_ratios.append(taken[True][1] / taken[False][1])
+        own.append(trainer.probe_s / taken[True][0])
         step_s.append(taken[False][0])
         print(f"pair {pair + 1}: {taken[False][0]:.3f} s off, x {ratios[-1]:.4f}", flush=True)
     return {
@@ -190,6 +196,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "on_over_off_median": statistics.median(ratios),
         "on_over_off_quartiles": statistics.quantiles(ratios, n=4)[::2],
         "cpu_time_median": statistics.median(cpu_ratios),
+        "probe_s_median": statistics.median(own),
         "step_s": statistics.median(step_s),
         "flops_share": flops[True] / flops[False] - 1,
         "memory_share": share,
