@@ -103,6 +103,7 @@ def is_free(lock: Path) -> bool:
     return done.returncode == 0
 
 
+@pytest.mark.long
 def test_a_trial_trains_on_what_a_run_of_the_whole_system_delivers(tmp_path: Path) -> None:
     source = write_corpus(tmp_path / "corpus")
     policy = {"name": "schedule", "points": POINTS}

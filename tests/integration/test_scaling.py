@@ -161,6 +161,7 @@ def _steps_go_on(out: Path, num_steps: int) -> None:
     )
 
 
+@pytest.mark.long
 def test_a_live_run_of_headrace_is_scaled_from_another_shell(tmp_path: Path) -> None:
     out = tmp_path / "out"
     data = write_corpus(tmp_path / "data")

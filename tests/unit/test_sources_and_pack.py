@@ -158,6 +158,7 @@ def test_the_same_documents_make_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
+@pytest.mark.long
 def test_packing_on_ray_gives_the_same_bytes_and_a_failure_there_is_told(tmp_path: Path) -> None:
     source = tmp_path / "corpus"
     (source / "prose").mkdir(parents=True)
