@@ -23,26 +23,23 @@ and p is trained on for the rest of the round. Where it differs from the publish
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
 from controller.observation import StepObservation
-from controller.policy.base import PolicyContext, Statistic
+from controller.policy.base import PolicyContext
 from controller.policy.mixtures import resolve
-from controller.policy.online import OnlinePolicy, Part
 from controller.policy.settings_of_rivals import AioliConfig
-from controller.policy.trials import Timetable, Trials
+from controller.policy.trial_policy import TrialPolicy, missing_evaluation
+from controller.policy.trials import Timetable
 from protos.errors import ConfigError
-from protos.types import Step
 
 PUBLISHED_ROUND = 200
 MAX_CONDITION = 1e6
 """Of the trials' mixtures: beyond it they are too alike to be told apart."""
 
 
-class AioliPolicy(OnlinePolicy):
+class AioliPolicy(TrialPolicy):
     """Measures, then trains on what the measured law says."""
 
     kept_arrays = ("law",)
@@ -54,10 +51,10 @@ class AioliPolicy(OnlinePolicy):
         Raises:
             ConfigError: a round is too short to measure all domains.
         """
-        super().__init__(config, context, np.asarray(resolve(config.initial, context)))
+        shares = np.asarray(resolve(config.initial, context))
+        super().__init__(config, context, shares, focus=config.focus)
         self._config = config
         self._timetable = timetable(config, context)
-        self._trials = Trials(self._num_domains)
         self._law = np.zeros((self._num_domains, self._num_domains))
         self._num_rounds = 0
 
@@ -65,21 +62,6 @@ class AioliPolicy(OnlinePolicy):
     def phase(self) -> str:
         """`measuring` until the first law is known."""
         return "acting" if self._num_rounds else "measuring"
-
-    @property
-    def needs(self) -> frozenset[Statistic]:
-        """Losses, and those on held-out documents."""
-        return frozenset({Statistic.LOSS, Statistic.VALIDATION})
-
-    def _parts(self) -> Mapping[str, Part]:
-        return {"trials": self._trials}
-
-    def propose(self, step: Step) -> Sequence[float]:
-        """Return the trial's mixture, or the newest that the law gave."""
-        favoured = self._favoured(step)
-        if favoured is None:
-            return super().propose(step)
-        return tuple(focused(self._config.focus, favoured, self._num_domains).tolist())
 
     def _favoured(self, step: int) -> int | None:
         trial = self._timetable.trial(step)
@@ -138,25 +120,8 @@ def timetable(config: AioliConfig, context: PolicyContext) -> Timetable:
     return Timetable(phase_steps=config.trial_steps, num_trials=num_trials, round_steps=round_steps)
 
 
-def focused(focus: float, favoured: int, num_domains: int) -> NDArray[np.float64]:
-    """Return the [domains] mixture with `focus` at one domain and the rest spread evenly."""
-    if num_domains == 1:
-        return np.ones(1)
-    shares = np.full(num_domains, (1 - focus) / (num_domains - 1))
-    shares[favoured] = focus
-    return shares
-
-
 def normalised(law: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return a law without negative entries that adds up to 1; an even one if nothing is left."""
     raised: NDArray[np.float64] = law - min(law.min(), 0.0)
     total = raised.sum()
     return raised / total if total > 0 else np.full_like(raised, 1 / raised.size)
-
-
-def missing_evaluation(name: str, step: int) -> str:
-    """Say what to do about an evaluation that did not come."""
-    return (
-        f"policy {name} needs the losses on held-out documents after step {step}, and no rank has "
-        "given them: call session.record_validation() where session.validation_due(step) says so"
-    )

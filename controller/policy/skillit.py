@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.observation import StepObservation
-from controller.policy.aioli import focused, missing_evaluation
-from controller.policy.base import PolicyContext, Statistic
-from controller.policy.online import OnlinePolicy, Part
+from controller.policy.base import PolicyContext
 from controller.policy.settings_of_rivals import SkillitConfig
-from controller.policy.trials import Timetable, Trials
+from controller.policy.trial_policy import TrialPolicy, missing_evaluation
+from controller.policy.trials import Timetable
 from protos.errors import ConfigError
 from protos.spec import ValidationSpec
-from protos.types import Step
 
 WINDOW = 3
 """Evaluations that an update adds up."""
@@ -46,7 +44,7 @@ GRAPH_SHARE = 4
 """One part in so many of the run learns the graph, where the run file does not say."""
 
 
-class SkillitPolicy(OnlinePolicy):
+class SkillitPolicy(TrialPolicy):
     """Learns the graph if none is given, then goes by it and by the losses."""
 
     kept_arrays = ("graph", "recent")
@@ -59,11 +57,11 @@ class SkillitPolicy(OnlinePolicy):
             ConfigError: it cannot be used, or the run is too short to learn one.
         """
         num_domains = len(context.domains)
-        super().__init__(config, context, np.asarray(first_shares(config, context)))
+        # A trial is of one domain alone.
+        super().__init__(config, context, np.asarray(first_shares(config, context)), focus=1.0)
         self._config = config
         self._timetable = graph_timetable(config, context)
         self._updates = update_interval(config, context)
-        self._trials = Trials(num_domains)
         self._graph = np.zeros((num_domains, num_domains))
         self._has_graph = config.graph is not None
         if config.graph is not None:
@@ -75,21 +73,6 @@ class SkillitPolicy(OnlinePolicy):
     def phase(self) -> str:
         """`learning the graph`, then `acting`."""
         return "acting" if self._has_graph else "learning the graph"
-
-    @property
-    def needs(self) -> frozenset[Statistic]:
-        """Losses, and those on held-out documents."""
-        return frozenset({Statistic.LOSS, Statistic.VALIDATION})
-
-    def _parts(self) -> Mapping[str, Part]:
-        return {"trials": self._trials}
-
-    def propose(self, step: Step) -> Sequence[float]:
-        """Return a domain alone while the graph is learned, then the newest shares."""
-        favoured = self._favoured(step)
-        if favoured is None:
-            return super().propose(step)
-        return tuple(focused(1.0, favoured, self._num_domains).tolist())
 
     def _favoured(self, step: int) -> int | None:
         return None if self._timetable is None else self._timetable.trial(step)
