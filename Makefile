@@ -26,9 +26,15 @@ run: install
 test: install
 	$(BIN)/python -m pytest -m 'not long' --durations 20 --durations-min 5 $(ARGS)
 
-# The tests that take minutes, with what they print.
+# The tests that take minutes, with what they print; `make faults` runs those that inject faults.
 test-long: install
-	$(BIN)/python -m pytest -m long $(ARGS)
+	$(BIN)/python -m pytest -m 'long and not faults' $(ARGS)
+
+# The fault suite, some 20 minutes: every test that injects faults, counted. Writes
+# build/faults/table.md, a line for each row of the table of faults and test.
+.PHONY: faults
+faults: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'faults and not soak' --timeout 600 --fault-table build/faults/table.md $(ARGS)
 
 # The loaders that ours is measured beside, in an environment of their own.
 .venv-bench/.installed: tests/benchmarks/peers.txt

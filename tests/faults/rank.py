@@ -1,0 +1,137 @@
+"""A trainer rank that only consumes, as a process of its own: `python -m tests.faults.rank`.
+
+It writes what it saw to `OUT/ranks/rank{r}.jsonl`, one event a line, for the offline checker. Times
+are of CLOCK_MONOTONIC, which all processes of a machine share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+import trainer_client
+from deploy.training import RECEIVED
+from protos.types import ReportAnswer, StepReport
+from trainer_client.session import Session
+
+EVENTS = "ranks"
+"""Folder of the ranks' event logs, in a run's folder."""
+
+
+class EventLog:
+    """Appends events, each of which reaches the file before the next one happens."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._rank = rank
+        self._file: TextIO = (folder / f"rank{rank}.jsonl").open("a", encoding="utf-8")
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Add an event."""
+        row = {"event": event, "rank": self._rank, "time_s": time.monotonic(), **fields}
+        # One write a line: threads write too, and a rank that is killed tears one line at most.
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def train(session: Session, log: EventLog, *, until: int, step_s: float) -> None:
+    """Take steps up to `until`, each of `step_s` at least; log every one of them."""
+    _log_answers(session, log)
+    began = time.monotonic()
+    for batch in session.batches(micro_batch=64):
+        fetched = time.monotonic()
+        losses = (batch.labels % 7 + batch.domain_ids[:, None]).float()
+        session.record_losses(losses * batch.loss_mask, batch)
+        if not batch.last_of_step:
+            continue
+        time.sleep(max(step_s - (time.monotonic() - began), 0.0))  # what the model would take
+        session.end_step()
+        ended = time.monotonic()
+        log.write(
+            "step",
+            generation=session.generation,
+            step=batch.step,
+            plan_version=batch.plan_version,
+            degraded=batch.degraded,
+            wait_s=fetched - began,
+            step_s=ended - began,
+        )
+        began = ended
+        if batch.step + 1 >= until:
+            return
+
+
+def _log_answers(session: Session, log: EventLog) -> None:
+    """Have every answer to a report logged: what a rank was promised must be in the ledger."""
+    control = session._control
+    ask = control.report_steps
+
+    def report_steps(reports: Sequence[StepReport], *, timeout_s: float = 5.0) -> ReportAnswer:
+        answer = ask(reports, timeout_s=timeout_s)
+        log.write(
+            "answer",
+            generation=reports[0].generation,
+            steps=[report.step for report in reports],
+            counted=answer.counted,
+            plan_version=answer.plan_version,
+            sealed_through=answer.sealed_through,
+        )
+        return answer
+
+    control.report_steps = report_steps  # type: ignore[method-assign]
+
+
+def main() -> int:
+    """Train one generation as one rank; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--world-size", type=int, required=True)
+    parser.add_argument("--until", type=int, required=True, help="the step before which it ends")
+    parser.add_argument("--out", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--step-s", type=float, default=0.0, help="what a step takes at least")
+    parser.add_argument("--resume", type=Path, help="a state that `--state` wrote")
+    parser.add_argument("--state", type=Path, help="where to write the state at the end")
+    parser.add_argument("--timeout-s", type=float, default=60.0)
+    options = parser.parse_args()
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level="INFO")
+    torch.set_num_threads(1)
+    log = EventLog(options.out / EVENTS, options.rank)
+    resume = None if options.resume is None else json.loads(options.resume.read_text())
+    try:
+        with trainer_client.connect(
+            options.address,
+            rank=options.rank,
+            world_size=options.world_size,
+            resume=resume,
+            timeout_s=options.timeout_s,
+            delivery_log=options.out / RECEIVED,
+        ) as session:
+            log.write("joined", generation=session.generation, first_step=session.first_step)
+            train(session, log, until=options.until, step_s=options.step_s)
+            if options.state is not None:
+                options.state.write_text(json.dumps(session.state_dict()))
+        log.write("ended", sent=session.reports_sent, dropped=session.reports_dropped)
+    except trainer_client.HeadraceError as error:
+        log.write("failed", error=type(error).__name__, says=str(error))
+        print(f"rank {options.rank}: {error}", file=sys.stderr)
+        return 1
+    finally:
+        log.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
