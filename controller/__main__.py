@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from protos.errors import (
     LedgerError,
     UnknownDomain,
 )
+from protos.failpoints import arm
 
 EXIT_CODES: dict[type[HeadraceError], int] = {
     ConfigError: 2,
@@ -50,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 async def serve(config: RunConfig) -> None:
     """Serve until SIGTERM or SIGINT; say on stdout where."""
+    arm(os.environ)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -21,6 +21,9 @@ Number = TypeVar("Number", np.int64, np.float64)
 MAX_DEGRADED_STEPS_AHEAD = 100_000
 """How far beyond the last seal a rank can have got without the controller."""
 
+RESEND_S = 2.0
+"""After a restart a rank that has been heard may take so long to send earlier reports again."""
+
 _NORMS = ("weight_norms", "update_norms")
 
 _LOSS_SLACK = 1e-6
@@ -51,7 +54,18 @@ class Aggregator:
         world_size: int,
         first_step: Step,
         now: Callable[[], float],
+        resumed: bool = False,
     ) -> None:
+        """Begin to collect.
+
+        Args:
+            spec: the run's settings.
+            generation: of the ranks.
+            world_size: how many they are.
+            first_step: the first that is not closed yet.
+            now: seconds, growing.
+            resumed: another controller collected before; reports that it had are sent again.
+        """
         self.generation = generation
         self.world_size = world_size
         self.next_step = first_step
@@ -61,6 +75,8 @@ class Aggregator:
         self._now = now
         self._pending: dict[Step, StepReports] = {}
         self._newest: dict[Rank, Step] = {}
+        self._first_heard: dict[Rank, tuple[Step, float]] | None = {} if resumed else None
+        """Of each rank, if it is `resumed`: the step and when."""
 
     def add(self, report: StepReport, *, sealed_through: int) -> bool:
         """Take a report in; return False if it was known already or comes too late.
@@ -72,6 +88,8 @@ class Aggregator:
         self._check(report, sealed_through)
         if report.step < self.next_step:
             return False
+        if self._first_heard is not None and report.rank not in self._first_heard:
+            self._first_heard[report.rank] = report.step, self._now()
         self._newest[report.rank] = max(self._newest.get(report.rank, report.step), report.step)
         reports = self._pending.get(report.step)
         if reports is None:
@@ -85,6 +103,11 @@ class Aggregator:
         reports.by_rank[report.rank] = report
         return True
 
+    @property
+    def num_waiting(self) -> int:
+        """How many steps have reports and are not closed."""
+        return len(self._pending)
+
     def is_complete(self) -> bool:
         """Say whether every rank has reported the next step."""
         reports = self._pending.get(self.next_step)
@@ -97,7 +120,16 @@ class Aggregator:
         what is missing of the next step then will never come.
         """
         newest = self._newest
-        return len(newest) == self.world_size and min(newest.values()) > self.next_step
+        passed = len(newest) == self.world_size and min(newest.values()) > self.next_step
+        return passed and not self._may_come_again()
+
+    def _may_come_again(self) -> bool:
+        """Say whether reports of the next step may be under way that a dead controller had."""
+        if not self._first_heard:
+            return False
+        newest_step = max(step for step, _ in self._first_heard.values())
+        last_heard_s = max(heard_s for _, heard_s in self._first_heard.values())
+        return self.next_step < newest_step and self._now() - last_heard_s < RESEND_S
 
     def waiting_since_s(self) -> float | None:
         """Return when the first report came of the next step or a later one; None: none has."""

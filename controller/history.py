@@ -26,9 +26,12 @@ from controller.membership import Membership
 from controller.metrics import Totals
 from protos.apportion import no_carry
 from protos.errors import ConfigError
+from protos.failpoints import DurableWrite
 from protos.planbook import PlanBook
 from protos.spec import RunSpec
 from protos.types import Cursors, Lane, Mixture, Places, Plan, Quarantine, Step
+
+_START = DurableWrite("ledger.run", "the start of a controller is committed")
 
 LaneCursors = dict[Lane, tuple[Step, Places]]
 """Each lane's newest known place, and the step before which it stands."""
@@ -97,7 +100,8 @@ def begin(ledger: Ledger, spec: RunSpec, initial: Mixture, settings: Mapping[str
                     f"{known.body[name]}, this run's is {value} (seed, domains, batch, index or "
                     "tokenizer differ); give this run another `out`"
                 )
-    ledger.commit(entries)
+    with _START.around():
+        ledger.commit(entries)
 
 
 def read_history(ledger: Ledger, spec: RunSpec) -> History:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import sqlite3
@@ -13,11 +12,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from controller.ledger_lock import LedgerLock
 from controller.ledger_schema import (
     CREATE,
     CREATE_NEWEST,
     GENESIS,
+    OLDEST_VERSION,
     SCHEMA_VERSION,
+    UPGRADES,
     Entry,
     Kind,
     Row,
@@ -25,70 +27,48 @@ from controller.ledger_schema import (
     row_hash,
 )
 from protos.errors import AlreadyServing, LedgerError
+from protos.failpoints import Failpoint
+
+_IN_TRANSACTION = Failpoint("ledger.rows", "after rows are written, before they are committed")
 
 CHECKED_AT_OPENING = 20_000
 """Rows whose chain is checked when a ledger is opened to be written, from the last one back: so
 many that a run of a few thousand steps is checked whole, so few that a long one opens at once.
 `headrace verify` checks every row."""
 
-_COLUMNS = "seq, kind, step, time_s, body, data, prev_hash, hash"
+COLUMNS = "seq, kind, step, time_s, body, data, prev_hash, hash"
 
 
-class LedgerLock:
-    """Held by the one process that may write a ledger; the system frees it when that dies."""
-
-    def __init__(self, ledger: Path) -> None:
-        """Take the lock.
-
-        Raises:
-            AlreadyServing: another process has it.
-            LedgerError: the lock file cannot be made.
-        """
-        self.path = ledger.with_name(ledger.name + ".lock")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: int | None = os.open(
-                self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
-            )
-        except OSError as error:
-            raise LedgerError(f"cannot lock the ledger {ledger}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._file, 32, 0).decode("ascii", "replace").strip()
-            self.close()
-            raise AlreadyServing(
-                f"the ledger {ledger} is held by process {holder or 'unknown'}; stop that "
-                "controller first, or give this run another `out`"
-            ) from None
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
-
-    def close(self) -> None:
-        """Give the lock back; twice does no harm."""
-        # The file stays: removing it would let two processes lock two files of one name.
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+class Unsettled(Exception):
+    """A commit failed, and whether it is in the ledger cannot be told yet. Never leaves here."""
 
 
 class Ledger:
-    """A ledger, open to be written. Calls block, and come from one thread at a time."""
+    """A ledger, open to be written. Calls block, and come from one thread at a time.
+
+    A commit that fails is not tried again on the same connection: after an error of the disk what
+    the connection believes to be there need not be. `settle` opens the file anew, reads it from the
+    disk, and says whether the commit is in it.
+    """
 
     def __init__(self, path: Path, *, now: Callable[[], float] = time.time) -> None:
         """Open or begin a ledger, and check its last `CHECKED_AT_OPENING` rows.
 
         Raises:
             AlreadyServing: another process has it open.
-            LedgerError: it is damaged, of another version, or cannot be written.
+            LedgerError: it is damaged, of a newer version, or cannot be written.
         """
         self.path = path
         self._now = now
         self._lock = LedgerLock(path)
         self._database: sqlite3.Connection | None = None
+        self._attempt: tuple[int, bytes] | None = None
+        """Where the ledger ends if the commit that failed is in it."""
+
         try:
             self._database = self._connect()
             self._seq, self._hash = verify(self._database, path, last=CHECKED_AT_OPENING)
+            self.epoch = self._next_epoch()
         except BaseException:
             self.close()
             raise
@@ -106,14 +86,15 @@ class Ledger:
 
     @property
     def num_rows(self) -> int:
-        """How many rows there are."""
+        """How many rows were ever written."""
         return self._seq
 
     def commit(self, entries: Sequence[Entry]) -> None:
         """Append all of `entries` or none; when it returns, they survive a loss of power.
 
         Raises:
-            LedgerError: they could not be written; nothing of them is there.
+            AlreadyServing: another process has opened the ledger since, whatever the lock says.
+            LedgerError: they could not be written; `settle` says whether they are there.
         """
         if not entries:
             return
@@ -132,13 +113,49 @@ class Ledger:
             following = row_hash(prev_hash=head, **fields)  # type: ignore[arg-type]
             rows.append((*fields.values(), head, following))
             head = following
-        with _explained(f"cannot write to the ledger {self.path}"), database:
+        self._attempt = seq, head
+        with explained(f"cannot write to the ledger {self.path}"), database:
             database.execute("BEGIN IMMEDIATE")
+            self._check_epoch(database)
             database.executemany(
-                f"INSERT INTO ledger ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows
+                f"INSERT INTO ledger ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows
             )
             database.execute("UPDATE head SET seq = ?, hash = ? WHERE id = 0", (seq, head))
+            _IN_TRANSACTION.hit()
         self._seq, self._hash = seq, head
+        self._attempt = None
+
+    def settle(self) -> bool:
+        """Open the file anew after a commit has failed; return whether the commit is in it.
+
+        Raises:
+            Unsettled: it cannot be read now.
+            AlreadyServing: another process has opened the ledger since.
+            LedgerError: rows are damaged, or missing that were acknowledged.
+        """
+        if self._database is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._database.close()
+            self._database = None
+        try:
+            for path in (self.path, *map(Path, (f"{self.path}-wal", f"{self.path}-shm"))):
+                _forget_cached(path)
+            self._database = self._connect()
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            ends = self._database.execute("SELECT seq, hash FROM head WHERE id = 0").fetchone()
+        except (sqlite3.Error, LedgerError, OSError) as error:
+            raise Unsettled(str(error)) from error
+        verify(self._database, self.path, last=CHECKED_AT_OPENING)
+        self._check_epoch(self._database)
+        acknowledged, attempted = (self._seq, self._hash), self._attempt
+        if ends not in (acknowledged, attempted):
+            raise LedgerError(
+                f"the ledger {self.path} is damaged: it ends at row {ends[0]} after an error of "
+                f"the disk, but row {self._seq} had been written; restore it from a copy"
+            )
+        self._seq, self._hash = ends
+        self._attempt = None
+        return bool(ends == attempted)
 
     def rows(
         self,
@@ -176,32 +193,70 @@ class Ledger:
         return self._database
 
     def _connect(self) -> sqlite3.Connection:
-        with _explained(f"cannot open the ledger {self.path}"):
+        with explained(f"cannot open the ledger {self.path}"):
             # Threads are the caller's affair; statements are grouped by hand.
             database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
             try:
                 database.execute("PRAGMA journal_mode = WAL")
                 database.execute("PRAGMA synchronous = FULL")
-                self._check_version(database)
+                self._upgrade(database)
             except BaseException:
                 database.close()
                 raise
             return database
 
-    def _check_version(self, database: sqlite3.Connection) -> None:
+    def _upgrade(self, database: sqlite3.Connection) -> None:
+        """Make the tables of a new ledger, and bring those of an old one up to date."""
         (version,) = database.execute("PRAGMA user_version").fetchone()
         (num_tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        create = ""
         if num_tables == 0:
+            create, version = CREATE, OLDEST_VERSION
+        else:
+            check_version(version, self.path)
+        steps = "".join(UPGRADES[each] for each in range(version + 1, SCHEMA_VERSION + 1))
+        if create or steps:
             database.executescript(
-                f"BEGIN IMMEDIATE; {CREATE} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-            )
-        elif version != SCHEMA_VERSION:
-            raise LedgerError(
-                f"the ledger {self.path} has schema version {version}, this program writes "
-                f"version {SCHEMA_VERSION}; use the program that wrote it, or another `out`"
+                f"BEGIN IMMEDIATE; {create} {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
             )
         # Ledgers of before it was part of the schema get it here.
         database.execute(CREATE_NEWEST)
+
+    def _next_epoch(self) -> int:
+        """Take the next fencing number: whoever opened the ledger before writes no more."""
+        database = self._open()
+        with explained(f"cannot write to the ledger {self.path}"), database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("UPDATE head SET epoch = epoch + 1 WHERE id = 0")
+        (epoch,) = database.execute("SELECT epoch FROM head WHERE id = 0").fetchone()
+        return int(epoch)
+
+    def _check_epoch(self, database: sqlite3.Connection) -> None:
+        (epoch,) = database.execute("SELECT epoch FROM head WHERE id = 0").fetchone()
+        if epoch != self.epoch:
+            raise AlreadyServing(
+                f"the ledger {self.path} was taken over by another controller (number {epoch}, "
+                f"this one is {self.epoch}); this one writes no more"
+            )
+
+
+def _forget_cached(path: Path) -> None:
+    """Have the next read come from the disk: after an error the cache may hold what it does not."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def check_version(version: int, path: Path) -> None:
+    """Refuse a ledger that this program cannot read.
+
+    Raises:
+        LedgerError: it is newer than the program, or no ledger.
+    """
+    if not OLDEST_VERSION <= version <= SCHEMA_VERSION:
+        raise LedgerError(
+            f"the ledger {path} has schema version {version}, this program knows versions "
+            f"{OLDEST_VERSION} to {SCHEMA_VERSION}; use the program that wrote it, or another `out`"
+        )
 
 
 def read_rows(
@@ -226,7 +281,7 @@ def read_rows(
     direction = "DESC" if newest_first else "ASC"
     order = f"step {direction}, seq {direction}" if by_step else f"seq {direction}"
     query = f"SELECT seq, kind, step, time_s, body, data FROM ledger {where} ORDER BY {order}"
-    with _explained("cannot read the ledger"):
+    with explained("cannot read the ledger"):
         for seq, kind, step, time_s, body, data in database.execute(query, values):
             yield Row(
                 seq=seq,
@@ -249,20 +304,16 @@ def reading_ledger(path: Path) -> Iterator[sqlite3.Connection]:
     """
     if not path.is_file():
         raise LedgerError(f"there is no ledger at {path}")
-    with _explained(f"cannot read the ledger {path}"):
+    with explained(f"cannot read the ledger {path}"):
         database = sqlite3.connect(
             f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None
         )
     with contextlib.closing(database):
-        with _explained(f"cannot read the ledger {path}"):
+        with explained(f"cannot read the ledger {path}"):
             # One transaction, so that all is read as it was at one moment.
             database.execute("BEGIN")
             (version,) = database.execute("PRAGMA user_version").fetchone()
-        if version != SCHEMA_VERSION:
-            raise LedgerError(
-                f"the ledger {path} has schema version {version}, this program reads version "
-                f"{SCHEMA_VERSION}"
-            )
+        check_version(version, path)
         yield database
 
 
@@ -276,11 +327,11 @@ def verify(
     """
     remedy = "restore it from a copy, or give the run another `out`"
     expected, head = 0, GENESIS
-    with _explained(f"the ledger {path} is damaged; {remedy}"):
+    with explained(f"the ledger {path} is damaged; {remedy}"):
         if last is not None:
             expected, head = _before_last(database, last)
         rows = database.execute(
-            f"SELECT {_COLUMNS} FROM ledger WHERE seq > ? ORDER BY seq", (expected,)
+            f"SELECT {COLUMNS} FROM ledger WHERE seq > ? ORDER BY seq", (expected,)
         )
         for row in rows:
             seq, kind, step, time_s, body, data, prev_hash, stored = row
@@ -316,8 +367,9 @@ def _before_last(database: sqlite3.Connection, last: int) -> tuple[int, bytes]:
 
 
 @contextlib.contextmanager
-def _explained(sentence: str) -> Iterator[None]:
+def explained(sentence: str) -> Iterator[None]:
+    """Have what SQLite says of a file follow on `sentence`, as a LedgerError."""
     try:
         yield
-    except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
+    except (sqlite3.Error, OSError, OverflowError, UnicodeDecodeError) as error:
         raise LedgerError(f"{sentence}: {error}") from error

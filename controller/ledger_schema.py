@@ -18,8 +18,11 @@ from controller.membership import Membership
 from controller.observation import StepObservation
 from protos.types import Cursors, Generation, Lane, Mixture, Plan, Quarantine, Rank, Step
 
-SCHEMA_VERSION = 1
-"""Stored in the file; a ledger of another version is refused."""
+SCHEMA_VERSION = 2
+"""Stored in the file. Older ones are brought up to it when they are opened to be written, and read
+as they are; newer ones are refused. 1: of release 0.1.0. 2: `head.epoch`, anchors."""
+
+OLDEST_VERSION = 1
 
 CARRY_EVERY = 256
 """Steps between snapshots of the carry: so many steps at most to compute the carry at any step."""
@@ -42,6 +45,10 @@ CREATE INDEX ledger_kind_step ON ledger (kind, step, seq);
 CREATE TABLE head (id INTEGER PRIMARY KEY CHECK (id = 0), seq INTEGER NOT NULL, hash BLOB NOT NULL);
 INSERT INTO head VALUES (0, 0, zeroblob(32));
 """
+"""Version 1; `UPGRADES` bring it to the newest."""
+
+UPGRADES = {2: "ALTER TABLE head ADD COLUMN epoch INTEGER NOT NULL DEFAULT 0;"}
+"""What is to be done on the way to a version, from the one before it."""
 
 CREATE_NEWEST = "CREATE INDEX IF NOT EXISTS ledger_kind_seq ON ledger (kind, seq)"
 """The newest rows of a kind, however many there are."""

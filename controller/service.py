@@ -25,6 +25,7 @@ from protos.errors import (
     StaleGeneration,
     UnknownDomain,
 )
+from protos.failpoints import Failpoint
 from protos.spec import RunSpec
 from protos.status import RunStatus
 from protos.types import (
@@ -52,6 +53,11 @@ FIRST_BEAT_TIMEOUT_S = 10.0
 """How long a worker that opens a stream may take to say who it is."""
 
 CHUNK_BYTES = 1 << 20
+
+_REPLY = Failpoint("reply.report", "after a report is taken in, before it is answered")
+_JOIN_REPLY = Failpoint("reply.join", "after a generation has begun, before a rank hears of it")
+_ADMIN_REPLY = Failpoint("reply.admin", "after an order is carried out, before it is answered")
+_TOLD = Failpoint("plans.told", "after a worker was told of plans, before the next one is")
 
 _STOPS = "the controller stops; join again when it is back"
 
@@ -119,7 +125,9 @@ class Service:
         self._check_going_on()
         if self._stopping.is_set():
             raise NotReady(_STOPS)
-        return await self._joining.join(request)
+        answer = await self._joining.join(request)
+        _JOIN_REPLY.hit()
+        return answer
 
     async def locate(self, generation: Generation, *, unreachable: str = "") -> LaneTable:
         """See `ControlService.locate`."""
@@ -142,6 +150,7 @@ class Service:
         """See `ControlService.report`."""
         self._check_going_on()
         answer = self._loop.add_report(report)
+        _REPLY.hit()
         return replace(answer, lanes_version=self._workers.lanes_version)
 
     # For loader workers.
@@ -149,13 +158,21 @@ class Service:
     async def watch_plans(self, worker_id: str) -> AsyncIterator[PlanEvent]:
         """See `ControlService.watch_plans`."""
         told: Told | None = None
-        changed = self._loop.changed
+        changed, scribe = self._loop.changed, self._loop.scribe
         stream = self._watching[worker_id] = object()
+        num_faults = scribe.num_faults
         try:
             while not self._stopping.is_set():
                 seen = changed.count
+                if told is not None and self._loop.is_silent:
+                    # Hearing nothing, the worker goes on with the last plan in a while.
+                    await changed.wait_beyond(seen, BEAT_S)
+                    continue
+                if num_faults != scribe.num_faults:
+                    num_faults, told = scribe.num_faults, None
                 event, told = self._loop.state.next_event(told)
-                yield event
+                yield replace(event, epoch=self._loop.epoch)
+                _TOLD.hit()
                 if event.reset and self._watching.get(worker_id) is stream:
                     self._workers.told_plans(worker_id)
                 await changed.wait_beyond(seen, BEAT_S)
@@ -355,7 +372,9 @@ class Service:
         task = asyncio.create_task(work)
         self._working.add(task)
         task.add_done_callback(self._worked)
-        return await asyncio.shield(task)
+        result = await asyncio.shield(task)
+        _ADMIN_REPLY.hit()
+        return result
 
     def _worked(self, task: asyncio.Task[Any]) -> None:
         self._working.discard(task)

@@ -49,7 +49,7 @@ class RunState:
         self._now = now
         if history.membership is not None:
             first = max(history.membership.first_step, Step(history.closed_through + 1))
-            self.group = self._collecting(history.membership, first)
+            self.group = self._collecting(history.membership, first, resumed=True)
 
     @property
     def generation(self) -> Generation:
@@ -169,11 +169,14 @@ class RunState:
         version = told.plan_version if told is not None else 0
         return tuple(plan for plan in self.book.plans if plan.version > version)
 
-    def _collecting(self, membership: Membership, first_step: Step) -> Aggregator:
+    def _collecting(
+        self, membership: Membership, first_step: Step, *, resumed: bool = False
+    ) -> Aggregator:
         return Aggregator(
             self.spec,
             generation=membership.generation,
             world_size=membership.world_size,
             first_step=first_step,
             now=self._now,
+            resumed=resumed,
         )

@@ -124,6 +124,10 @@ class Workers:
         """Note that a worker has been told the plans, over a new stream."""
         self._beats_since_plans[worker_id] = 0
 
+    def forget_told(self) -> None:
+        """Have all workers count as not told: they are told all plans anew."""
+        self._beats_since_plans.clear()
+
     def tells_no_more(self, worker_id: str) -> None:
         """Note that the stream of plans to a worker has ended."""
         self._beats_since_plans.pop(worker_id, None)

@@ -13,6 +13,7 @@ from pathlib import Path
 from loader_workers.source import WINDOW_BYTES
 from loader_workers.worker import DRAIN_S, WorkerSettings, run_worker
 from protos.errors import HeadraceError
+from protos.failpoints import arm
 from protos.security import Security
 
 _EXIT_FAILED = 1
@@ -54,6 +55,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     try:
+        arm(os.environ)
         settings = WorkerSettings(
             controller=arguments.controller,
             cache_dir=arguments.cache,

@@ -17,12 +17,15 @@ from loader_workers.remote import REMOTE, Remote
 from loader_workers.scan import ShardToScan, scan
 from protos.dataset_index import DatasetIndex
 from protos.errors import ConfigError, DomainEmpty, ShardUnreadable, TooMuchLost
+from protos.failpoints import DurableWrite
 from protos.spec import SKIP_SAMPLE, STOP
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with how many shards are done, and of how many."""
+
+_RENAME = DurableWrite("index.rename", "a synced index gets its name")
 
 _STAMPS_AT_ONCE = 16
 """Shards looked up at once: a remote one takes a round trip."""
@@ -190,7 +193,8 @@ def write_index(index: DatasetIndex, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
             Path(file.name).chmod(0o644)
-            Path(file.name).replace(path)
+            with _RENAME.around():
+                Path(file.name).replace(path)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise

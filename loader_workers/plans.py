@@ -57,6 +57,7 @@ class PlanBoard:
         self._heard_at = now()
         self._closed = False
         self._degraded: set[Step] = set()
+        self._epoch = 0
         self.generation = Generation(0)
         self.composed_through = -1
         """The last step of this generation that a stream was given a turn for."""
@@ -84,6 +85,14 @@ class PlanBoard:
             InvalidMessage: the plans do not lead to one another.
         """
         with self.changed:
+            if event.epoch < self._epoch:
+                logger.warning(
+                    "ignored plans of controller %d, which %d has replaced",
+                    event.epoch,
+                    self._epoch,
+                )
+                return
+            self._epoch = event.epoch
             self._heard_at = self._now()
             if event.generation < self.generation:
                 logger.warning(

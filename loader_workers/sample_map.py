@@ -19,7 +19,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from protos.failpoints import DurableWrite
+
 MAGIC = b"HRSAMPL1"
+_RENAME = DurableWrite("sample_map.rename", "a map of a shard's samples gets its name")
 _PREFIX = struct.Struct("<8s32sQ")
 _DIGEST_BYTES = 16
 _DTYPE = np.dtype(
@@ -74,7 +77,8 @@ def write_sample_map(path: Path, places: Sequence[Place]) -> None:
             file.write(data)
             file.flush()
             Path(file.name).chmod(0o644)
-            Path(file.name).replace(path)
+            with _RENAME.around():
+                Path(file.name).replace(path)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise

@@ -22,8 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loader_workers.convert import Documents
+from protos.failpoints import DurableWrite, Failpoint
 
 MAGIC = b"HRTOKEN1"
+_WRITTEN = Failpoint("token_shard.written", "after a token shard is written, before it is synced")
+_RENAME = DurableWrite("token_shard.rename", "a synced token shard gets its name")
 _PREFIX = struct.Struct("<8sIQ32s")
 _ALIGNMENT = 64
 _HASHED_AT_ONCE = 4 << 20
@@ -63,8 +66,10 @@ def write_token_shard(path: Path, documents: Documents) -> None:
             for part in (_PREFIX.pack(*prefix_fields, digest), header, offsets, tokens):
                 file.write(part)
             file.flush()
+            _WRITTEN.hit()
             os.fsync(file.fileno())
-            Path(file.name).rename(path)
+            with _RENAME.around():
+                Path(file.name).rename(path)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise

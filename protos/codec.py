@@ -60,6 +60,7 @@ def plan_event_to_proto(event: PlanEvent) -> control.WatchPlansResponse:
         plans=[plan_to_proto(plan) for plan in event.plans],
         sealed_through=event.sealed_through,
         reset=event.reset,
+        epoch=event.epoch,
     )
 
 
@@ -71,6 +72,7 @@ def plan_event_from_proto(message: control.WatchPlansResponse) -> PlanEvent:
         plans=tuple(plan_from_proto(plan) for plan in message.plans),
         sealed_through=message.sealed_through,
         reset=message.reset,
+        epoch=message.epoch,
     )
 
 
@@ -237,6 +239,8 @@ def report_answer_to_proto(answer: ReportAnswer) -> control.ReportResponse:
         sealed_through=answer.sealed_through,
         counted=answer.counted,
         lanes_version=answer.lanes_version,
+        epoch=answer.epoch,
+        observed_through=answer.observed_through,
     )
 
 
@@ -247,6 +251,8 @@ def report_answer_from_proto(message: control.ReportResponse) -> ReportAnswer:
         sealed_through=message.sealed_through,
         counted=message.counted,
         lanes_version=message.lanes_version,
+        epoch=message.epoch,
+        observed_through=message.observed_through,
     )
 
 

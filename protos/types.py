@@ -117,6 +117,9 @@ class PlanEvent:
     reset: bool = False
     """Forget all plans held: a generation begins at `plans[0].first_step`."""
 
+    epoch: int = 0
+    """The controller's number, which grows with each that opens the ledger; 0: it has none."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaneEndpoint:
@@ -265,6 +268,12 @@ class ReportAnswer:
 
     lanes_version: int = 0
     """A newer one than the rank knows says that lanes are served elsewhere."""
+
+    epoch: int = 0
+    """The controller's number, which grows with each that opens the ledger; 0: it has none."""
+
+    observed_through: int = -1
+    """What was decided upon the steps up to this one is in the ledger."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -54,7 +54,7 @@ class Served:
         ]
         parts = {
             "ledger": rows,
-            "noted": loop._events,
+            "noted": loop.scribe.noted,
             "policy": (policy.arrays, policy.values),
             "plans": made.plans,
             "through": (state.sealed_through, state.observed_through, state.trained_through),

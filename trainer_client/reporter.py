@@ -22,6 +22,7 @@ from trainer_client.device_copy import HostCopy
 from trainer_client.policy_inputs import StepInputs
 from trainer_client.probe import ProbeStep
 from trainer_client.retry import until_answered
+from trainer_client.unsettled import CONFIRM_S, Unsettled
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,9 @@ class Reporter:
     One call is under way at a time. What has come to wait by its end goes with the next one, so
     that steps shorter than a call cost a part of a call each; a report never waits for a later one.
     Training never stops because of reports: what cannot be sent is dropped, counted and warned of.
+
+    What was answered is kept until its decision is in the ledger, and sent again to a controller
+    that has taken another one's place.
     """
 
     def __init__(
@@ -161,6 +165,7 @@ class Reporter:
         self._unwarned = 0
         self.num_sent = 0
         self.num_dropped = 0
+        self._unsettled = Unsettled(CAPACITY)
         self._thread = threading.Thread(target=self._run, name="headrace-reporter", daemon=True)
         self._thread.start()
 
@@ -204,13 +209,19 @@ class Reporter:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._state is ReporterState.CLOSED)
-                if not self._queue:
+                self._changed.wait_for(
+                    lambda: self._queue or self._state is ReporterState.CLOSED,
+                    CONFIRM_S if self._unsettled else None,
+                )
+                if self._state is ReporterState.CLOSED and not self._queue:
                     return
-                group = self._take_group()
-                self._busy = True
+                group = self._take_group() if self._queue else []
+                self._busy = bool(group)
             try:
-                self._deliver(group)
+                if group:
+                    self._deliver(group)
+                else:
+                    self._confirm()
             finally:
                 with self._changed:
                     self._busy = False
@@ -235,9 +246,7 @@ class Reporter:
         try:
             reports = [self._resolve(pending) for pending in group]
             until_answered(
-                lambda left_s: self._send(
-                    _without_earlier_cursors(reports), min(max(left_s, 0.1), _CALL_TIMEOUT_S)
-                ),
+                lambda left_s: self._call(reports, min(max(left_s, 0.1), _CALL_TIMEOUT_S)),
                 budget_s=self._budget_s,
                 retry=self._retry,
                 wait=self._closing.wait,
@@ -264,6 +273,28 @@ class Reporter:
             self._drop_all(group, str(error))
         else:
             self.num_sent += len(group)
+
+    def _call(self, reports: list[StepReport], timeout_s: float) -> None:
+        """Send reports; before them, to another controller, what the last one had not decided."""
+        answer = self._send(_without_earlier_cursors(reports), timeout_s)
+        if self._unsettled.answered(reports, answer):
+            earlier = self._unsettled.before(reports)
+            for first in range(0, len(earlier), MOST_IN_A_CALL):
+                self._send(earlier[first : first + MOST_IN_A_CALL], timeout_s)
+
+    def _confirm(self) -> None:
+        """Ask whether what was answered is decided, by sending it again; it does no harm."""
+        kept = self._unsettled.before([])
+        if not kept:
+            return
+        try:
+            self._call(kept[:MOST_IN_A_CALL], _CALL_TIMEOUT_S)
+        except Retryable:
+            return  # asked again in a while
+        except HeadraceError as error:
+            # Its generation has ended, or it would have been counted long ago.
+            self._unsettled.clear()
+            logger.debug("kept reports are of no use any more: %s", error)
 
     def _resolve(self, pending: PendingReport) -> StepReport:
         report, left_out = pending.resolve(timeout_s=self._budget_s)

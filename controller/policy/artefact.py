@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from controller.policy.base import PolicyState
 from protos.errors import ConfigError
+from protos.failpoints import DurableWrite, Failpoint
 
 FORMAT = "headrace.policy.v1"
 
@@ -34,6 +35,9 @@ _DTYPES = {
     "<f8": "F64",
 }
 """numpy's names of what policies save, and those of safetensors."""
+
+_WRITTEN = Failpoint("policy.written", "after a policy state is written, before it is synced")
+_RENAME = DurableWrite("policy.rename", "a synced policy state gets its name")
 
 _PADDING = 8
 """Bytes to whose multiples the header is filled up, so that numbers lie where they should."""
@@ -69,8 +73,10 @@ def save(state: PolicyState, path: Path, *, origin: Mapping[str, Any] | None = N
             for part in _parts(arrays, metadata):
                 file.write(part)
             file.flush()
+            _WRITTEN.hit()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        with _RENAME.around():
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)

@@ -296,12 +296,18 @@ class ReportResponse(_message.Message):
     SEALED_THROUGH_FIELD_NUMBER: _builtins.int
     COUNTED_FIELD_NUMBER: _builtins.int
     LANES_VERSION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    OBSERVED_THROUGH_FIELD_NUMBER: _builtins.int
     plan_version: _builtins.int
     sealed_through: _builtins.int
     counted: _builtins.bool
     """false: a report was known already, or came too late for its decision"""
     lanes_version: _builtins.int
     """grows whenever some lane is served elsewhere: then ask Locate"""
+    epoch: _builtins.int
+    """of the controller: grows with each that opens the ledger"""
+    observed_through: _builtins.int
+    """what was decided upon these steps is in the ledger; -1: none yet"""
     def __init__(
         self,
         *,
@@ -309,10 +315,12 @@ class ReportResponse(_message.Message):
         sealed_through: _builtins.int = ...,
         counted: _builtins.bool = ...,
         lanes_version: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        observed_through: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counted", b"counted", "lanes_version", b"lanes_version", "plan_version", b"plan_version", "sealed_through", b"sealed_through"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counted", b"counted", "epoch", b"epoch", "lanes_version", b"lanes_version", "observed_through", b"observed_through", "plan_version", b"plan_version", "sealed_through", b"sealed_through"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -365,11 +373,14 @@ class WatchPlansResponse(_message.Message):
     PLANS_FIELD_NUMBER: _builtins.int
     SEALED_THROUGH_FIELD_NUMBER: _builtins.int
     RESET_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     sealed_through: _builtins.int
     """-1: nothing sealed yet"""
     reset: _builtins.bool
     """forget what you held: a generation begins at plans[0].first_step"""
+    epoch: _builtins.int
+    """of the controller: grows with each that opens the ledger; 0: not told"""
     @_builtins.property
     def plans(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Plan]: ...
     def __init__(
@@ -379,10 +390,11 @@ class WatchPlansResponse(_message.Message):
         plans: _abc.Iterable[_common_pb2.Plan] | None = ...,
         sealed_through: _builtins.int = ...,
         reset: _builtins.bool = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "plans", b"plans", "reset", b"reset", "sealed_through", b"sealed_through"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "generation", b"generation", "plans", b"plans", "reset", b"reset", "sealed_through", b"sealed_through"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -28,8 +29,12 @@ from protos.client import AdminClient
 from protos.errors import HeadraceError
 from protos.status import RunStatus
 from tests.fakes_consumer import PLENTY_S, ROOT, WorkerProcess, write_run
+from tests.faults.rank import EVENTS
 
 LOOK_EVERY_S = 0.01
+
+_HOPELESS = (1, 2)
+"""Exit statuses of a controller that will never start: it crashed, or its run file is wrong."""
 
 
 def free_address() -> str:
@@ -193,8 +198,10 @@ class Supervisor:
             AssertionError: none does in time.
         """
         deadline = time.monotonic() + timeout_s
-        while self.current.ready_s is None:
-            assert time.monotonic() < deadline, f"no controller serves: {self.current.said()}"
+        while self.current.ready_s is None or self.current.process.poll() is not None:
+            refused = bool(self.starts) and self.starts[-1].exit_status in _HOPELESS
+            hopeless = refused or time.monotonic() > deadline
+            assert not hopeless, f"no controller serves: {self.current.said()[-2000:]}"
             time.sleep(LOOK_EVERY_S)
 
     def kill(self) -> int:
@@ -309,6 +316,14 @@ class FaultRun:
             return admin.status(timeout_s=timeout_s)
         finally:
             admin.close()
+
+    def last_logged_step(self) -> int:
+        """Return the last step that every rank has ended, by their event logs; -1: none."""
+        last = []
+        for path in (self.out / EVENTS).glob("rank*.jsonl"):
+            steps = re.findall(rb'"event": "step".*"step": (\d+)', path.read_bytes())
+            last.append(max(map(int, steps), default=-1))
+        return min(last, default=-1)
 
     def wait_observed(self, step: int, timeout_s: float = PLENTY_S) -> None:
         """Wait until the controller has decided upon `step`, over its restarts.

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from controller.actor import ControllerHost
-from controller.ledger import LedgerLock, read_rows, reading_ledger
+from controller.ledger import read_rows, reading_ledger
+from controller.ledger_lock import LedgerLock
 from controller.ledger_schema import Kind
 from protos.client import AdminClient, healthy
 from protos.errors import AlreadyServing, IndexMismatch, NotReady

@@ -18,18 +18,16 @@ import pytest
 import yaml
 
 from controller.ledger import reading_ledger, verify
-from protos.client import AdminClient, ControlClient, Stream, healthy
+from protos.client import AdminClient, healthy
 from protos.errors import ControllerUnreachable, InvalidMessage, StaleGeneration, UnknownDomain
-from protos.spec import RunSpec
-from protos.types import EnlistEvent, PlanEvent, WorkerBeat
 from tests.fakes_controller import (
     ODM,
     join_request,
-    make_beat,
     make_report,
     run_document,
     write_index,
 )
+from tests.fakes_driver import Worker
 
 pytestmark = pytest.mark.slow
 
@@ -75,39 +73,6 @@ def _outcome(run_file: Path) -> tuple[int, str]:
     with _start(run_file) as process:
         _, said = process.communicate(timeout=_END_S)
     return process.returncode, said
-
-
-class Worker:
-    """A loader worker's side of the control streams."""
-
-    def __init__(self, address: str) -> None:
-        self.client = ControlClient(address)
-        self._gone = threading.Event()
-        self.enlisted: Stream[EnlistEvent] = self.client.enlist(self._beats())
-        spec = next(self.enlisted)
-        assert isinstance(spec, RunSpec)
-        self.spec = spec
-        self.plans: Stream[PlanEvent] = self.client.watch_plans("worker-0")
-
-    def _beats(self) -> Iterator[WorkerBeat]:
-        yield make_beat()
-        while not self._gone.wait(0.05):
-            yield make_beat()
-
-    def hear_through(self, step: int) -> list[PlanEvent]:
-        """Return what is heard up to and with the seal of a step."""
-        heard = []
-        for event in self.plans:
-            heard.append(event)
-            if event.sealed_through >= step:
-                return heard
-        raise AssertionError(f"the stream ended after {heard}")
-
-    def close(self) -> None:
-        self._gone.set()
-        self.enlisted.cancel()
-        self.plans.cancel()
-        self.client.close()
 
 
 def test_ranks_workers_and_an_operator_are_served_over_the_wire(tmp_path: Path) -> None:

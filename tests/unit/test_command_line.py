@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from controller.ledger import LedgerLock
+from controller.ledger_lock import LedgerLock
 from deploy.commands import app
 from deploy.exits import EXIT_CODES, exit_code
 from deploy.failures import Stopped, TrainerFailed

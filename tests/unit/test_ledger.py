@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from controller.ledger import Ledger, LedgerLock, read_rows, reading_ledger, verify
+from controller.ledger import Ledger, read_rows, reading_ledger, verify
+from controller.ledger_lock import LedgerLock
 from controller.ledger_schema import (
     Entry,
     Kind,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from protos.errors import ControllerUnreachable, HeadraceError, InvalidMessage, StaleGeneration
 from protos.retry import Retry
 from protos.types import Generation, Lane, Rank, ReportAnswer, Step, StepReport
+from tests.fakes_trainer import wait_until
 from trainer_client.device_copy import HostCopy
 from trainer_client.reporter import PendingReport, Reporter, ReporterState
 
@@ -277,3 +278,53 @@ def test_closing_ends_the_tries_of_a_report_that_nobody_answers(
         assert not reporter._thread.is_alive()
         assert reporter.num_dropped == 1
         assert len(controller.errors) >= 1_000_000 - 2
+
+
+class Restarted(Controller):
+    """A controller that decides as it is told to, and has a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epoch = 1
+        self.observed_through = -1
+
+    def report(self, reports: Sequence[StepReport], timeout_s: float) -> ReportAnswer:
+        answer = super().report(reports, timeout_s)
+        return dataclasses.replace(answer, epoch=self.epoch, observed_through=self.observed_through)
+
+
+def test_what_a_dead_controller_had_not_decided_goes_to_the_next_one_with_the_next_report() -> None:
+    controller = Restarted()
+    with reporting(controller.report) as reporter:
+        for step in range(3):
+            controller.observed_through = step - 2
+            assert reporter.offer(pending(step))
+            assert reporter.flush(timeout_s=5)
+        controller.epoch, controller.observed_through = 2, 0
+        assert reporter.offer(pending(3))
+        assert reporter.flush(timeout_s=5)
+        assert controller.calls == [[0], [1], [2], [3], [1, 2]]
+
+
+def test_an_undecided_report_is_sent_again_though_no_other_follows_it() -> None:
+    controller = Restarted()
+    with reporting(controller.report) as reporter:
+        assert reporter.offer(pending(0))
+        assert reporter.flush(timeout_s=5)
+        # Training waits for the decision that died with the controller: no report will come.
+        controller.epoch = 2
+        wait_until(lambda: len(controller.calls) >= 2)
+        assert controller.calls[1] == [0]
+        controller.observed_through = 0
+        wait_until(lambda: len(reporter._unsettled) == 0)
+    assert (reporter.num_sent, reporter.num_dropped) == (1, 0)
+
+
+def test_a_controller_that_has_no_number_is_sent_nothing_twice() -> None:
+    controller = Controller()
+    with reporting(controller.report) as reporter:
+        for step in range(3):
+            assert reporter.offer(pending(step))
+            assert reporter.flush(timeout_s=5)
+        assert len(reporter._unsettled) == 0
+    assert [report.step for report in controller.taken] == [0, 1, 2]
