@@ -269,15 +269,17 @@ def read_rows(
     """Yield rows of a ledger; see `Ledger.rows`."""
     clauses: list[str] = []
     values: list[Any] = []
+    by_step = min_step is not None or max_step is not None
     if kinds:
-        clauses.append(f"kind IN ({', '.join('?' * len(kinds))})")
+        # An index on several kinds would have all their rows sorted before the first is read.
+        column = "+kind" if len(kinds) > 1 and not by_step else "kind"
+        clauses.append(f"{column} IN ({', '.join('?' * len(kinds))})")
         values += [kind.value for kind in kinds]
     for bound, compare in ((min_step, ">="), (max_step, "<=")):
         if bound is not None:
             clauses.append(f"step {compare} ?")
             values.append(bound)
     where = f"WHERE {' AND '.join(clauses)}" if clauses else ""
-    by_step = min_step is not None or max_step is not None
     direction = "DESC" if newest_first else "ASC"
     order = f"step {direction}, seq {direction}" if by_step else f"seq {direction}"
     query = f"SELECT seq, kind, step, time_s, body, data FROM ledger {where} ORDER BY {order}"

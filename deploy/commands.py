@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from deploy import commands_compare, commands_data, commands_live, commands_run
+from deploy import (
+    commands_compare,
+    commands_data,
+    commands_ledger,
+    commands_live,
+    commands_run,
+)
 from deploy.exits import EXIT_CODES_HELP
 from deploy.explain import explain
 
@@ -24,6 +30,7 @@ app.command("pack")(commands_data.pack)
 app.command("index")(commands_data.index)
 app.command("verify")(commands_data.verify)
 app.command("explain")(explain)
+app.command("export")(commands_ledger.export)
 app.command("controller")(commands_live.controller)
 app.command("status")(commands_live.status)
 app.add_typer(commands_live.mixture, name="mixture")

@@ -17,7 +17,7 @@ from controller.ledger import read_rows, reading_ledger
 from controller.ledger_schema import Kind, Row, plan_of, step_record_of
 from controller.observation import StepObservation
 from deploy.exits import told
-from deploy.record import LEDGER
+from deploy.record import ledger_of
 from protos.errors import ConfigError
 from protos.types import SHARE_ONE
 
@@ -36,8 +36,7 @@ def explain(
     Also the plan that came of it, and what shadow policies would have done. Works while the run
     goes on.
     """
-    path = out if out.is_file() else out / LEDGER
-    explanation = explain_step(path, step)
+    explanation = explain_step(ledger_of(out), step)
     if as_json:
         print(json.dumps(explanation, indent=2))
     else:

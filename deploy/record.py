@@ -19,6 +19,11 @@ from protos.types import Plan, Quarantine
 LEDGER = "ledger.sqlite"
 
 
+def ledger_of(path: Path) -> Path:
+    """Return the ledger that `path` is, or that the run in the folder `path` has."""
+    return path / LEDGER if path.is_dir() else path
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class RunRecord:
     """A run as its ledger has it; of a step that was trained twice, the newest."""

@@ -274,7 +274,7 @@ def bench(
         prepared = replace(prepared, shadows=tuple(shadows))
     thread = SingleThread("bench-ledger")
     with Ledger(config.ledger_path) as ledger:
-        past.begin(ledger, prepared.spec, prepared.initial, {})
+        past.begin(ledger, prepared.spec, prepared.initial, config.model_dump(mode="json"))
         history = past.read_history(ledger, prepared.spec)
         made = Bench(
             config,

@@ -32,6 +32,7 @@ COMMANDS = [
     ["index"],
     ["verify"],
     ["explain"],
+    ["export"],
     ["controller"],
     ["status"],
     ["mixture"],

@@ -1,0 +1,1 @@
+"""A ledger read: exported to Parquet, its batches made again, its pictures on one page."""
