@@ -104,3 +104,8 @@ clean:
 .PHONY: bench-decision
 bench-decision: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_decision
+
+# Time and memory that it takes to read a long ledger. Writes build/bench/reading.json.
+.PHONY: bench-reading
+bench-reading: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_reading $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -32,6 +33,20 @@ from protos.spec import RunSpec
 from protos.types import Cursors, Lane, Mixture, Places, Plan, Quarantine, Step
 
 _START = DurableWrite("ledger.run", "the start of a controller is committed")
+
+
+class LedgerRows(Protocol):
+    """A ledger as it is read: `Ledger`, or `LedgerView` where another process writes it."""
+
+    def rows(
+        self,
+        *kinds: Kind,
+        min_step: int | None = None,
+        max_step: int | None = None,
+        newest_first: bool = False,
+    ) -> Iterator[Row]:
+        """Yield rows; see `Ledger.rows`."""
+
 
 LaneCursors = dict[Lane, tuple[Step, Places]]
 """Each lane's newest known place, and the step before which it stands."""
@@ -146,8 +161,13 @@ def read_history(ledger: Ledger, spec: RunSpec) -> History:
     )
 
 
-def book_from(ledger: Ledger, step: Step, spec: RunSpec) -> PlanBook:
-    """Return the plans in force from `step` on, beginning at most `CARRY_EVERY` steps before it."""
+def book_from(
+    ledger: LedgerRows, step: Step, spec: RunSpec, *, through: Step | None = None
+) -> PlanBook:
+    """Return the plans in force from `step` on, beginning at most `CARRY_EVERY` steps before it.
+
+    Plans that begin after `through` are left out.
+    """
     start, carry = Step(0), None
     for row in ledger.rows(Kind.SEAL, max_step=step - 1, newest_first=True):
         if "carry_q32" in row.body:
@@ -164,7 +184,7 @@ def book_from(ledger: Ledger, step: Step, spec: RunSpec) -> PlanBook:
             carry_q32=tuple(carry),
         )
     book.add(plan)
-    for row in ledger.rows(Kind.PLAN, min_step=start + 1):
+    for row in ledger.rows(Kind.PLAN, min_step=start + 1, max_step=through):
         book.add(plan_of(row))
     return book
 
@@ -181,7 +201,7 @@ def crosses_carry_snapshot(before: int, through: int) -> bool:
     return (through + 1) // CARRY_EVERY > (before + 1) // CARRY_EVERY
 
 
-def cursors_before(ledger: Ledger, step: Step, spec: RunSpec) -> LaneCursors:
+def cursors_before(ledger: LedgerRows, step: Step, spec: RunSpec) -> LaneCursors:
     """Return each lane's newest known place at or before `step`; lanes that have none are left out.
 
     Where a step was trained more than once, what was written last counts.

@@ -1,4 +1,4 @@
-"""`headrace export`: what is read from a ledger."""
+"""`headrace export` and `headrace replay`: what is read from a ledger."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.exits import stderr, told
+
+_FAULTY = 4
 
 SourceArgument = Annotated[
     Path, typer.Argument(metavar="LEDGER_OR_RUN", help="A ledger, or the folder of a run.")
@@ -52,3 +54,58 @@ def export(
     for name, num_rows in exported.tables.items():
         table.add_row(name, f"{num_rows:,}")
     Console().print(table)
+
+
+@told
+def replay(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Argument(help="Folder to make; must not be there yet.")],
+    steps: Annotated[
+        str, typer.Option(help="A:B, from step A up to but without step B; or one step.")
+    ],
+    form: Annotated[
+        str, typer.Option("--format", help="digests, npz (a file a step) or webdataset.")
+    ] = "digests",
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of token shards. Default: the run's own, or one for now."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the batches of any steps again, byte for byte, from the ledger and the dataset index.
+
+    No policy is run: the logged plans are. Only the data in which the steps lie is read. Says which
+    steps ranks had another plan in than the ledger has; those may differ, and the exit code is 4.
+    """
+    import tempfile
+
+    from deploy.local import CACHE
+    from deploy.reading.replay import Replay, parse_steps
+    from deploy.reading.replay_files import writing
+
+    first, end = parse_steps(steps)
+    own = source / CACHE
+    with tempfile.TemporaryDirectory(prefix="headrace-replay-") as temporary:
+        folder = cache or (own if own.is_dir() else Path(temporary))
+        with (
+            Replay(source, first=first, end=end, cache=folder) as replayed,
+            writing(out, form, replayed.spec.domains) as sink,
+            stderr.status("replaying") as status,
+        ):
+            for step in replayed:
+                sink.write(step)
+                status.update(f"replaying: step {step.step}, to {replayed.steps[-1]}")
+    result = {
+        "first_step": replayed.steps.start,
+        "end_step": replayed.steps.stop,
+        "sequences": len(replayed.steps) * replayed.spec.global_sequences,
+        "otherwise": replayed.otherwise,
+    }
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        print(f"{result['sequences']:,} sequences of {len(replayed.steps):,} steps are in {out}")
+        for number in replayed.otherwise:
+            print(f"step {number}: ranks had another plan than the ledger has")
+    if replayed.otherwise:
+        raise typer.Exit(_FAULTY)

@@ -85,7 +85,7 @@ def read_record(path: Path) -> RunRecord:
     runs = _of(rows, Kind.RUN)
     return RunRecord(
         num_rows=num_rows,
-        settings=_settings(runs[-1].body) if runs else {},
+        settings=settings_of(runs[-1].body) if runs else {},
         plans=tuple(sorted((plan_of(row) for row in _of(rows, Kind.PLAN)), key=_by_step)),
         steps={step: step_record_of(row) for step, row in steps.items()},
         bodies={step: row.body for step, row in steps.items()},
@@ -98,7 +98,7 @@ def read_record(path: Path) -> RunRecord:
     )
 
 
-def _settings(body: Mapping[str, Any]) -> Mapping[str, Any]:
+def settings_of(body: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the run file with its domains in their order, which the ledger keeps beside it."""
     settings: dict[str, Any] = dict(body["settings"])
     data = settings.get("data")

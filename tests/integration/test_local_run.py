@@ -91,6 +91,11 @@ def test_a_run_ends_by_itself_with_a_complete_report_and_leaves_nothing(tmp_path
     verified = CliRunner().invoke(app, ["verify", str(out), "--json"])
     assert verified.exit_code == 0, verified.output
     assert json.loads(verified.stdout)["clean"]
+    arguments = ["replay", str(out), str(tmp_path / "replayed"), "--steps", f"20:{NUM_STEPS}"]
+    replayed = CliRunner().invoke(app, arguments)
+    assert replayed.exit_code == 0, replayed.output
+    again = (tmp_path / "replayed" / "digests.jsonl").read_text().splitlines()
+    assert again == (out / "digests.jsonl").read_text().splitlines()[20 * 8 :]
     lose_a_sequence(out / "received" / "received.rank1.jsonl")
     verified = CliRunner().invoke(app, ["verify", str(out), "--json"])
     assert verified.exit_code == 4

@@ -33,6 +33,7 @@ COMMANDS = [
     ["verify"],
     ["explain"],
     ["export"],
+    ["replay"],
     ["controller"],
     ["status"],
     ["mixture"],
