@@ -152,6 +152,7 @@ async def run_controller(
                 address=config.address,
                 security=config.wire_security,
                 drain_s=DRAIN_S,
+                is_deciding=lambda: service.is_deciding,
             )
         )
         stack.callback(service.stop)

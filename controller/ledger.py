@@ -46,9 +46,9 @@ class Unsettled(Exception):
 class Ledger:
     """A ledger, open to be written. Calls block, and come from one thread at a time.
 
-    A commit that fails is not tried again on the same connection: after an error of the disk what
-    the connection believes to be there need not be. `settle` opens the file anew, reads it from the
-    disk, and says whether the commit is in it.
+    After an error of the disk nothing is tried again on the same connection: what it believes to be
+    there need not be. `settle` opens the file anew, reads it from the disk, and says whether the
+    commit is in it. Where a disk is merely full, SQLite has taken the commit back.
     """
 
     def __init__(self, path: Path, *, now: Callable[[], float] = time.time) -> None:
@@ -64,6 +64,9 @@ class Ledger:
         self._database: sqlite3.Connection | None = None
         self._attempt: tuple[int, bytes] | None = None
         """Where the ledger ends if the commit that failed is in it."""
+
+        self._was_full = False
+        """Whether that commit failed for lack of space, and nothing else."""
 
         try:
             self._database = self._connect()
@@ -113,8 +116,20 @@ class Ledger:
             following = row_hash(prev_hash=head, **fields)  # type: ignore[arg-type]
             rows.append((*fields.values(), head, following))
             head = following
-        self._attempt = seq, head
-        with explained(f"cannot write to the ledger {self.path}"), database:
+        self._attempt, self._was_full = (seq, head), False
+        with explained(f"cannot write to the ledger {self.path}"):
+            try:
+                self._insert(database, rows, seq, head)
+            except sqlite3.Error as error:
+                self._was_full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+                raise
+        self._seq, self._hash = seq, head
+        self._attempt = None
+
+    def _insert(
+        self, database: sqlite3.Connection, rows: list[tuple[Any, ...]], seq: int, head: bytes
+    ) -> None:
+        with database:
             database.execute("BEGIN IMMEDIATE")
             self._check_epoch(database)
             database.executemany(
@@ -122,8 +137,6 @@ class Ledger:
             )
             database.execute("UPDATE head SET seq = ?, hash = ? WHERE id = 0", (seq, head))
             _IN_TRANSACTION.hit()
-        self._seq, self._hash = seq, head
-        self._attempt = None
 
     def settle(self) -> bool:
         """Open the file anew after a commit has failed; return whether the commit is in it.
@@ -133,12 +146,16 @@ class Ledger:
             AlreadyServing: another process has opened the ledger since.
             LedgerError: rows are damaged, or missing that were acknowledged.
         """
+        if self._was_full and not self._open().in_transaction:
+            return False
         if self._database is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._database.close()
             self._database = None
         try:
-            for path in (self.path, *map(Path, (f"{self.path}-wal", f"{self.path}-shm"))):
+            # SQLite keeps its other files beside the one that a link leads to.
+            real = self.path.resolve()
+            for path in (real, real.with_name(f"{real.name}-wal")):
                 _forget_cached(path)
             self._database = self._connect()
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()

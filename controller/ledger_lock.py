@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -36,8 +37,10 @@ class LedgerLock:
                 f"the ledger {ledger} is held by process {holder or 'unknown'}; stop that "
                 "controller first, or give this run another `out`"
             ) from None
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        # The lock holds all the same on a disk that is full; only its holder is not named then.
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
 
     def close(self) -> None:
         """Give the lock back; twice does no harm."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from controller import history as past
 from controller.closer import BROADCAST, StepCloser
@@ -224,6 +224,7 @@ class ControlLoop:
             NotReady: the ledger cannot be written now.
         """
         state, hands = self.state, self._hands
+        self._check_writable()
         async with self._writing:
             self._check_writable()
             first, spec = gathering.first_step, state.spec
@@ -240,7 +241,7 @@ class ControlLoop:
             if first <= state.trained_through:
                 entries.append(fork_entry(membership, state.trained_through))
             draft = state.draft(through=first - 1 + spec.lag, observed_through=first - 1)
-            await self.scribe.commit([*entries, draft.seal_record()], _GENERATION)
+            await self._commit_now([*entries, draft.seal_record()], _GENERATION)
             state.sealed(draft)
             self._closer.forget_unwritten()
             floor = min(cursor_steps.values())
@@ -263,11 +264,12 @@ class ControlLoop:
 
     async def steer(self, *, override: Mixture | None, frozen: bool) -> Step:
         """Let the operator hold the wheel or give it back; return the first step that obeys."""
+        self._check_writable()
         async with self._writing:
             self._check_writable()
             steering = Steering(override=override, frozen=frozen)
             if steering != self.steering:
-                await self.scribe.commit([steering.as_entry()], _CONTROL)
+                await self._commit_now([steering.as_entry()], _CONTROL)
                 self._closer.steering = steering
             return self.first_free_step
 
@@ -328,6 +330,16 @@ class ControlLoop:
         if self._must_settle and self._hands.workers.are_settled():
             self._must_settle = False
         return not self._must_settle
+
+    async def _commit_now(self, entries: Sequence[Entry], write: DurableWrite) -> None:
+        """Commit what somebody waits for, who may ask again if it cannot be written."""
+        try:
+            await self.scribe.commit(entries, write)
+        except LedgerError as error:
+            if not self.is_silent:
+                raise
+            self.stir()
+            raise NotReady(f"{error}; ask again") from error
 
     def _check_writable(self) -> None:
         if self.is_silent:

@@ -118,6 +118,11 @@ class Service:
         self._loop.changed.notify()
         self._joining.close(_STOPS)
 
+    @property
+    def is_deciding(self) -> bool:
+        """Whether decisions can be made: the ledger can be written."""
+        return not self._loop.is_silent
+
     # For ranks.
 
     async def join(self, request: JoinRequest) -> JoinAnswer:
@@ -314,6 +319,7 @@ class Service:
             lanes_moved=self._workers.num_lanes_moved,
             quarantines=(*self._bad_share.at_index, *self._workers.quarantines),
             workers=self._workers.statuses(),
+            ledger_fault=self._loop.scribe.fault,
             shadows=self._shadows.statuses,
         )
 

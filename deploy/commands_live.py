@@ -60,6 +60,7 @@ def status_json(status: RunStatus) -> dict[str, Any]:
         "world_size": status.world_size,
         "plan_version": status.plan_version,
         "frozen": status.frozen,
+        "ledger_fault": status.ledger_fault or None,
         "mixture": dict(zip(status.domains, status.mixture.shares, strict=True)),
         "loss": {
             domain: loss if math.isfinite(loss) else None

@@ -175,7 +175,9 @@ def _workers_line(status: RunStatus) -> Text:
         if number:
             line.append(f"{name}: {number}   ", style="yellow")
     if status.frozen:
-        line.append("mixture held by an operator", style="yellow")
+        line.append("mixture held by an operator   ", style="yellow")
+    if status.ledger_fault:
+        line.append(f"nothing is decided: {status.ledger_fault}", style="red")
     return line
 
 

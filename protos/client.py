@@ -262,8 +262,10 @@ class DataClient(_Client):
         return self._stream(call, decode)
 
 
-def healthy(address: str, *, timeout_s: float, security: Security | None = None) -> bool:
-    """Ask the standard health service of a controller or worker whether it serves.
+def healthy(
+    address: str, *, timeout_s: float, security: Security | None = None, service: str = ""
+) -> bool:
+    """Ask the standard health service of a controller or worker whether it, or a service, serves.
 
     Either token opens it, where it asks for one.
     """
@@ -279,7 +281,8 @@ def healthy(address: str, *, timeout_s: float, security: Security | None = None)
             request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
             response_deserializer=health_pb2.HealthCheckResponse.FromString,
         )
-        answer = check(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True)
+        request = health_pb2.HealthCheckRequest(service=service)
+        answer = check(request, timeout=timeout_s, wait_for_ready=True)
     except grpc.RpcError:
         return False
     finally:

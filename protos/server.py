@@ -40,6 +40,10 @@ from protos.wire import (
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+DECISIONS = "headrace.v1.Decisions"
+"""What to ask the controller's health service for, to learn whether it can decide: not while its
+ledger cannot be written. Its other services go on serving then."""
+
 _AioContext = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -262,6 +266,23 @@ def _taken(address: str, error: Exception | None) -> AlreadyServing:
     )
 
 
+class _Health(health.aio.HealthServicer):
+    """The standard health service, which also says whether decisions can be made."""
+
+    def __init__(self, is_deciding: Callable[[], bool]) -> None:
+        super().__init__()
+        self._is_deciding = is_deciding
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: _AioContext
+    ) -> health_pb2.HealthCheckResponse:
+        if request.service == DECISIONS:
+            states = health_pb2.HealthCheckResponse
+            return states(status=states.SERVING if self._is_deciding() else states.NOT_SERVING)
+        answer: health_pb2.HealthCheckResponse = await super().Check(request, context)
+        return answer
+
+
 @contextlib.asynccontextmanager
 async def serving_controller(
     control: ControlService,
@@ -271,6 +292,7 @@ async def serving_controller(
     security: Security | None = None,
     limits: Limits = CONTROLLER,
     drain_s: float = 2.0,
+    is_deciding: Callable[[], bool] = lambda: True,
 ) -> AsyncIterator[str]:
     """Serve the controller on the running event loop; yield the bound `host:port`.
 
@@ -281,6 +303,7 @@ async def serving_controller(
         security: how the port is guarded.
         limits: how much it takes from the network.
         drain_s: how long calls under way may go on after the block ends.
+        is_deciding: what the health service says of `DECISIONS`.
 
     Raises:
         AlreadyServing: the port is taken.
@@ -296,7 +319,7 @@ async def serving_controller(
     control_servicer, admin_servicer = _Control(control, limits), _Admin(admin, limits)
     control_pb2_grpc.add_ControlServicer_to_server(control_servicer, server)
     admin_pb2_grpc.add_AdminServicer_to_server(admin_servicer, server)
-    checks = health.aio.HealthServicer()
+    checks = _Health(is_deciding)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     port = _bind(server, address, guard)
     await server.start()

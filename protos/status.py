@@ -77,4 +77,8 @@ class RunStatus:
 
     lanes_moved: int = 0
     """Lanes that went from one worker to another since the controller started."""
+
+    ledger_fault: str = ""
+    """Why nothing is decided at present: the ledger cannot be written. Empty: it can."""
+
     shadows: tuple[ShadowStatus, ...] = ()

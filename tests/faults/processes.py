@@ -158,13 +158,16 @@ class Supervisor:
         *,
         log: Path,
         environments: Sequence[Mapping[str, str]] = (),
-        prefix: Sequence[str] = (),
+        first_prefix: Sequence[str] = (),
     ) -> None:
-        """Begin; `environments` are added to those of the first starts, one each."""
+        """Begin; `environments` are added to those of the first starts, one each.
+
+        `first_prefix` stands before the command of the first start.
+        """
         self._run_file = run_file
         self._log = log
         self._environments = list(environments)
-        self._prefix = prefix
+        self._first_prefix = first_prefix
         self._stopping = threading.Event()
         self.starts: list[Start] = []
         """Those that have ended, in order."""
@@ -180,7 +183,7 @@ class Supervisor:
             self._run_file,
             log=self._log,
             environment=known[number] if number < len(known) else None,
-            prefix=self._prefix,
+            prefix=() if number else self._first_prefix,
         )
 
     def _keep(self) -> None:
