@@ -14,6 +14,7 @@ from rich.table import Table
 
 from controller.config import load_run_file
 from deploy.exits import stderr, told
+from deploy.progress import working
 from protos.dataset_index import DatasetIndex
 
 _FAULTY = 4
@@ -50,14 +51,14 @@ def pack(
 
     domains = text_domains(find_domains(src.absolute()), src)
     documents = {domain.name: Documents(domain, text_field) for domain in domains}
-    with stderr.status("packing") as status:
+    with working(stderr, "packing") as update:
         packed = pack_domains(
             documents,
             out.absolute(),
             shard_mb=shard_mb,
             mapper=choose(len(documents), processes=processes, ray_address=ray),
-            progress=lambda name, num_documents, num_bytes: status.update(
-                f"packing {name}: {num_documents:,} documents, {num_bytes / 2**20:,.1f} MiB"
+            progress=lambda name, num_documents, num_bytes: update(
+                f"{name}: {num_documents:,} documents, {num_bytes / 2**20:,.1f} MiB"
             ),
         )
     if as_json:
@@ -94,12 +95,14 @@ def index(
     from deploy.parallel import choose
 
     config = load_run_file(run_file)
-    with stderr.status("indexing") as status:
+    with working(stderr, "indexing") as update:
         found = ensure_index(
             config,
             rebuild=rebuild,
             mapper=choose(None, processes=processes, ray_address=ray),
-            progress=lambda done, total: status.update(f"indexing: {done} of {total} shards"),
+            progress=lambda done, total: update(
+                f"{done:,} of {total:,} shards ({done / max(total, 1):.0%})"
+            ),
         )
     rows = {name: _domain_row(found, name) for name in found.domains}
     if as_json:

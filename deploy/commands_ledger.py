@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.exits import stderr, told
+from deploy.progress import working
 
 _FAULTY = 4
 
@@ -39,12 +40,14 @@ def export(
     from deploy.reading.export import choose_tables, export
 
     wanted = choose_tables(tables)
-    with stderr.status("checking the ledger") as status:
+    with working(stderr, "exporting") as update:
         exported = export(
             source,
             out,
             tables=wanted,
-            progress=lambda row, num_rows: status.update(f"exporting: row {row:,} of {num_rows:,}"),
+            progress=lambda row, num_rows: update(
+                f"row {row:,} of {num_rows:,} ({row / max(num_rows, 1):.0%})"
+            ),
         )
     if as_json:
         print(json.dumps(exported.as_json(), indent=2))
@@ -90,11 +93,11 @@ def replay(
         with (
             Replay(source, first=first, end=end, cache=folder) as replayed,
             writing(out, form, replayed.spec.domains) as sink,
-            stderr.status("replaying") as status,
+            working(stderr, "replaying") as update,
         ):
             for step in replayed:
                 sink.write(step)
-                status.update(f"replaying: step {step.step}, to {replayed.steps[-1]}")
+                update(f"step {step.step}, to {replayed.steps[-1]}")
     result = {
         "first_step": replayed.steps.start,
         "end_step": replayed.steps.stop,

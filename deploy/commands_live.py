@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,10 +12,10 @@ from rich.console import Console
 from controller.config import load_run_file
 from deploy.exits import told
 from deploy.on_run import on_run
-from deploy.progress import status_panel
+from deploy.screen import printable, status_panel
+from deploy.status_json import status_json
 from protos.client import AdminClient
 from protos.errors import ConfigError
-from protos.status import RunStatus
 
 _TIMEOUT_S = 5.0
 _WORK_TIMEOUT_S = 60.0
@@ -29,94 +28,37 @@ mixture = typer.Typer(help="The mixture of a live run.", no_args_is_help=True)
 
 @told
 @on_run(default="127.0.0.1:7700")
-def status(admin: AdminClient, *, as_json: JsonOption = False) -> None:
-    """Say how a live run stands: steps, policy, mixture, losses, workers, quarantines."""
+def status(
+    admin: AdminClient,
+    *,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on until Ctrl-C or the end of the run.")
+    ] = False,
+    interval: Annotated[
+        float, typer.Option(min=0.1, help="Seconds between two looks, with --watch.")
+    ] = 1.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how a live run stands: steps, policy, mixture, losses, workers, quarantines.
+
+    With --watch a terminal shows it anew each second; elsewhere there is a plain line for each
+    look, or with --json an object.
+    """
+    if watch:
+        from deploy.watching import watch_run
+
+        watch_run(admin, Console(), interval_s=interval, as_json=as_json)
+        return
     found = admin.status(timeout_s=_TIMEOUT_S)
     if as_json:
         print(json.dumps(status_json(found), indent=2))
         return
     console = Console()
-    console.print(status_panel(found))
+    console.print(status_panel(found, width=console.width))
     for quarantine in found.quarantines:
         sample = f" sample {quarantine.sample}" if quarantine.sample >= 0 else ""
-        console.print(
-            f"quarantined: {quarantine.shard}{sample} ({quarantine.domain}): {quarantine.reason}",
-            markup=False,
-            soft_wrap=True,
-        )
-
-
-def status_json(status: RunStatus) -> dict[str, Any]:
-    """Return a status as JSON values; what was never measured is null."""
-    return {
-        "run": status.run_id,
-        "phase": status.phase,
-        "policy": status.policy,
-        "policy_phase": status.policy_phase,
-        "observed_step": status.observed_step,
-        "sealed_through": status.sealed_through,
-        "num_steps": status.num_steps,
-        "generation": status.generation,
-        "world_size": status.world_size,
-        "plan_version": status.plan_version,
-        "frozen": status.frozen,
-        "ledger_fault": status.ledger_fault or None,
-        "mixture": dict(zip(status.domains, status.mixture.shares, strict=True)),
-        "loss": {
-            domain: loss if math.isfinite(loss) else None
-            for domain, loss in zip(status.domains, status.loss, strict=True)
-        },
-        **{name: getattr(status, name) for name in _FIGURES},
-        "decision_ms": {
-            "p50": _finite(status.decision_ms_p50),
-            "p99": _finite(status.decision_ms_p99),
-        },
-        "quarantines": [
-            {"domain": q.domain, "shard": q.shard, "sample": q.sample, "reason": q.reason}
-            for q in status.quarantines
-        ],
-        "shadows": [
-            {
-                "name": shadow.name,
-                "phase": shadow.phase,
-                "mixture": dict(zip(status.domains, shadow.shares, strict=True))
-                if shadow.shares
-                else None,
-                "fault": shadow.fault,
-            }
-            for shadow in status.shadows
-        ],
-        "workers": [
-            {name: getattr(worker, name) for name in _WORKER_FIGURES} for worker in status.workers
-        ],
-    }
-
-
-_FIGURES = (
-    "wanted_workers",
-    "lanes_moved",
-    "tokens",
-    "tokens_per_s",
-    "data_wait_share",
-    "degraded_steps",
-    "missing_reports",
-    "held_decisions",
-)
-_WORKER_FIGURES = (
-    "worker_id",
-    "endpoint",
-    "alive",
-    "lanes",
-    "cache_bytes",
-    "stall_s",
-    "sequences_served",
-    "leaving",
-    "managed",
-)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        line = f"{quarantine.shard}{sample} ({quarantine.domain}): {quarantine.reason}"
+        console.print(f"quarantined: {printable(line)}", markup=False, soft_wrap=True)
 
 
 @mixture.command("set")

@@ -78,8 +78,10 @@ def prepare_run(options: RunOptions, progress: Progress) -> Path:
     with _nothing_left_behind(options.out):
         settings["data"] = _data_section(options, settings, progress)
         config = parse_run(settings, source="the run's settings")
-        with progress.stage("indexing the shards"):
-            ensure_index(config)
+        with progress.stage("indexing the shards") as update:
+            ensure_index(
+                config, progress=lambda done, total: update(f"{done:,} of {total:,} shards")
+            )
         prepare(config)
         return write_run_file(settings, options.out)
 

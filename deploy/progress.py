@@ -8,16 +8,53 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.spinner import Spinner
 from rich.text import Text
 
+from deploy.screen import printable, status_line, status_panel
 from protos.status import RunStatus
 
 LINE_EVERY_S = 5.0
-_BAR_CELLS = 24
-_SHADOW_DOMAINS = 4
+_REFRESHES_PER_S = 4
+
+Update = Callable[[str], None]
+"""Says how far a piece of work is, in a few words."""
+
+
+@contextmanager
+def working(
+    console: Console,
+    what: str,
+    *,
+    line_every_s: float = LINE_EVERY_S,
+    now: Callable[[], float] = time.monotonic,
+) -> Iterator[Update]:
+    """Show that work is going on, and what `update` hears of it.
+
+    One line that is drawn again in a terminal; elsewhere (a pipe, a log, TERM=dumb) plain lines,
+    at most one in `line_every_s`, without a control character.
+    """
+    if console.is_interactive:
+        spinner = Spinner("dots", Text(what, no_wrap=True, overflow="ellipsis"))
+        with Live(
+            spinner, console=console, refresh_per_second=2 * _REFRESHES_PER_S, transient=True
+        ):
+            yield lambda told: spinner.update(
+                text=Text(printable(f"{what}: {told}"), no_wrap=True, overflow="ellipsis")
+            )
+        return
+    last = now()
+
+    def say(told: str) -> None:
+        nonlocal last
+        if now() - last >= line_every_s:
+            last = now()
+            line = printable(f"{what}: {told}")
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    yield say
 
 
 class Progress:
@@ -53,29 +90,35 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line of its own."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        shown = "\n".join(map(printable, text.splitlines()))
+        self._console.print(shown, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
-    def stage(self, what: str) -> Iterator[None]:
-        """Say what is being done, and how long it took."""
-        if self._console.is_terminal:
-            with self._console.status(what):
-                started = self._now()
-                yield
-        else:
-            started = self._now()
-            yield
+    def stage(self, what: str) -> Iterator[Update]:
+        """Say what is being done, how far it is, and how long it took."""
+        started = self._now()
+        with working(self._console, what, now=self._now) as update:
+            yield update
         self.say(f"{what}: {self._now() - started:.1f} s")
+
+    @contextmanager
+    def going_on(self, what: str) -> Iterator[Update]:
+        """Show how far something is that says by itself what came of it."""
+        with working(self._console, what, line_every_s=self._line_every_s, now=self._now) as update:
+            yield update
 
     def show(self, status: RunStatus) -> None:
         """Show how the run stands, and say which workers came and went."""
         self._say_changes(status)
         self._last_status = status
-        if self._console.is_terminal:
+        if self._console.is_interactive:
             if self._live is None:
-                self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+                self._live = Live(
+                    console=self._console, refresh_per_second=_REFRESHES_PER_S, transient=True
+                )
                 self._live.start()
-            self._live.update(status_panel(status))
+            width, height = self._console.size
+            self._live.update(status_panel(status, width=width, height=height))
         elif self._now() - self._last_line_s >= self._line_every_s:
             self._last_line_s = self._now()
             self._last_said = status_line(status)
@@ -99,87 +142,3 @@ class Progress:
             self.say(f"the controller has loader worker {back} again")
         self._seen_workers = (self._seen_workers | alive) - (left - alive)
         self._lost_workers = self._seen_workers - alive
-
-
-def status_line(status: RunStatus) -> str:
-    """Return a status in a line."""
-    mixture = " ".join(
-        f"{domain} {share:.0%}"
-        for domain, share in zip(status.domains, status.mixture.shares, strict=True)
-    )
-    losses = [loss for loss in status.loss if math.isfinite(loss)]
-    loss = f"{sum(losses) / len(losses):.3f}" if losses else "-"
-    return (
-        f"step {_steps_done(status)}/{status.num_steps} · {status.policy} {status.policy_phase}"
-        f" · loss {loss} · {status.tokens_per_s:,.0f} tokens/s · {mixture}"
-    )
-
-
-def status_panel(status: RunStatus) -> Group:
-    """Return a status as a table with a bar for each domain."""
-    head = Text.assemble(
-        (f" {status.run_id} ", "bold"),
-        f" step {_steps_done(status)}/{status.num_steps}   ",
-        (f"{status.policy}: {status.policy_phase}", "cyan"),
-        f"   {status.tokens_per_s:,.0f} tokens/s   {status.tokens:,} tokens   ",
-        f"data wait {status.data_wait_share:.1%}",
-    )
-    domains = Table(box=None, pad_edge=False, padding=(0, 2, 0, 1))
-    domains.add_column("domain")
-    domains.add_column("share", justify="right")
-    domains.add_column("", width=_BAR_CELLS)
-    domains.add_column("loss", justify="right")
-    largest = max(status.mixture.shares)
-    for domain, share, loss in zip(status.domains, status.mixture.shares, status.loss, strict=True):
-        bar = "█" * round(_BAR_CELLS * share / largest)
-        shown = f"{loss:.3f}" if math.isfinite(loss) else "-"
-        domains.add_row(domain, f"{share:.1%}", Text(bar, style="green"), shown)
-    parts: list[Text | Table] = [head, domains, _workers_line(status)]
-    if status.shadows:
-        parts.append(_shadows_table(status))
-    return Group(*parts)
-
-
-def _shadows_table(status: RunStatus) -> Table:
-    """Return what shadow policies would give the domains that they would give most."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 1))
-    table.add_column("shadow")
-    table.add_column("phase")
-    table.add_column("would give")
-    for shadow in status.shadows:
-        shares = zip(shadow.shares, status.domains, strict=bool(shadow.shares))
-        largest = sorted(shares, key=lambda pair: -pair[0])[:_SHADOW_DOMAINS]
-        wanted = " ".join(f"{domain} {share:.1%}" for share, domain in largest)
-        table.add_row(shadow.name, shadow.phase, Text(shadow.fault or wanted or "-"))
-    return table
-
-
-def _workers_line(status: RunStatus) -> Text:
-    line = Text(" ")
-    for worker in status.workers:
-        if worker.leaving and not worker.alive:
-            continue
-        style = "green" if worker.alive else "red"
-        lanes = ",".join(map(str, worker.lanes))
-        line.append(f"● {worker.worker_id} ", style=style)
-        line.append(f"lanes {lanes or 'none'}  {worker.sequences_served:,} sequences   ")
-        if worker.leaving:
-            line.append("leaving   ", style="yellow")
-    trouble = {
-        "degraded steps": status.degraded_steps,
-        "missing reports": status.missing_reports,
-        "held decisions": status.held_decisions,
-        "quarantined": len(status.quarantines),
-    }
-    for name, number in trouble.items():
-        if number:
-            line.append(f"{name}: {number}   ", style="yellow")
-    if status.frozen:
-        line.append("mixture held by an operator   ", style="yellow")
-    if status.ledger_fault:
-        line.append(f"nothing is decided: {status.ledger_fault}", style="red")
-    return line
-
-
-def _steps_done(status: RunStatus) -> int:
-    return min(status.observed_step + 1, status.num_steps)

@@ -222,9 +222,13 @@ def _make(
     with progress.stage(f"training a tokenizer of {spec.data.vocab_size} tokens"):
         train_tokenizer(train, folder / _TOKENIZER, vocab_size=spec.data.vocab_size)
     data = PreparedData(folder, tuple(train))
-    with progress.stage("indexing the shards"):
+    with progress.stage("indexing the shards") as update:
         run_data = RunData.model_validate(data.run_section())
-        ensure_index(RunConfig.model_construct(data=run_data), rebuild=True)
+        ensure_index(
+            RunConfig.model_construct(data=run_data),
+            rebuild=True,
+            progress=lambda done, total: update(f"{done:,} of {total:,} shards"),
+        )
     made: dict[str, Any] = {"settings": settings, "domains": list(train)}
     made["train"] = {name: asdict(domain) for name, domain in packed.items()}
     write_whole(folder / PREPARED_FILE, json.dumps(made, indent=2) + "\n")

@@ -36,6 +36,14 @@ class _Running:
     def __str__(self) -> str:
         return f"{self.arm}, seed {self.seed}"
 
+    def done(self, num_steps: int) -> str:
+        """Return which part of its steps is done, as it said last."""
+        try:
+            step = int(json.loads((self.folder / PROGRESS_FILE).read_text())["step"])
+        except (OSError, ValueError, LookupError):
+            return "0%"
+        return f"{step / num_steps:.0%}"
+
 
 class TrialQueue:
     """The trials of a comparison: which are finished, which run, which wait.
@@ -77,10 +85,10 @@ class TrialQueue:
             TrainerFailed: a trial failed; all others that could be run have been.
             Stopped: a signal came; what has been trained is in the trials' checkpoints.
         """
-        with StopSignals() as stop:
+        with StopSignals() as stop, self._progress.going_on("trials") as update:
             try:
                 while not stop.wait(_LOOK_EVERY_S) and self._look(jobs):
-                    pass
+                    update(self._standing())
             finally:
                 for trial in self._running:
                     trial.process.stop(stop)
@@ -88,6 +96,12 @@ class TrialQueue:
                 raise Stopped("stopped; the same command goes on with what is not finished")
         if self._failed:
             raise TrainerFailed("; ".join(self._failed))
+
+    def _standing(self) -> str:
+        """Return how many trials wait and how far those are that run."""
+        return f"{len(self._waiting)} waiting, running " + ", ".join(
+            f"{trial.arm}/{trial.seed} {trial.done(self._spec.steps)}" for trial in self._running
+        )
 
     def _look(self, jobs: int) -> bool:
         """Take note of what has ended and start more; return False when nothing is left to do."""

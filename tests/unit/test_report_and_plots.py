@@ -13,8 +13,9 @@ from rich.console import Console
 from controller.ledger import Ledger
 from controller.ledger_schema import Entry, Kind
 from deploy.plots import ALIGNMENT_PLOT, LOSS_PLOT, MIXTURE_PLOT, draw_plots, mixture_by_step
-from deploy.progress import Progress, status_line
+from deploy.progress import Progress
 from deploy.record import read_record
+from deploy.screen import status_line
 from protos.errors import LedgerError
 from protos.status import RunStatus, WorkerStatus
 from protos.types import Mixture

@@ -17,8 +17,8 @@ from controller import history as past
 from controller.ledger_schema import Kind, Row
 from controller.policy.base import Policy
 from controller.shadows import MAX_BACKLOG, Shadow, shadow_names
-from deploy.commands_live import status_json
-from deploy.progress import status_panel
+from deploy.screen import status_panel
+from deploy.status_json import status_json
 from protos.status import ShadowStatus
 from protos.types import Step
 from tests.fakes_controller import ACODM, ODM, Bench, ScriptedPolicy, bench, small_run
