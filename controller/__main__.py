@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from controller.app import run_controller
-from controller.config import RunConfig, load_run_file
+from controller.config import RunConfig, load_run_file, with_metrics
 from protos.errors import (
     AlreadyServing,
     ConfigError,
@@ -37,13 +37,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m controller", description=__doc__)
     parser.add_argument("run_file", type=Path, help="the run file (YAML)")
     parser.add_argument("--verbose", action="store_true", help="log what happens, on stderr")
+    parser.add_argument(
+        "--metrics", metavar="HOST:PORT", help="serve figures for Prometheus there, at /metrics"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
     try:
-        asyncio.run(serve(load_run_file(options.run_file)))
+        asyncio.run(serve(with_metrics(load_run_file(options.run_file), options.metrics)))
     except HeadraceError as error:
         print(f"headrace controller: {error}", file=sys.stderr)
         return exit_code(error)

@@ -8,10 +8,11 @@ import itertools
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from controller import history as past
 from controller.bad_share import BadShare
@@ -22,6 +23,7 @@ from controller.history import History
 from controller.ledger import Ledger
 from controller.loop import ControlLoop
 from controller.metrics import Metrics
+from controller.metrics_server import CALL_S, serving_metrics
 from controller.policy import artefact
 from controller.policy.base import Policy, PolicyContext
 from controller.policy.registry import initial_mixture, make_policy, validation_of
@@ -72,6 +74,8 @@ def check_first(config: RunConfig) -> None:
     """
     check_guard(config.address, config.wire_security)
     _check_port(config.address)
+    if config.metrics.address is not None:
+        _check_port(config.metrics.address)
     _tokenizer(config)
 
 
@@ -156,9 +160,29 @@ async def run_controller(
             )
         )
         stack.callback(service.stop)
+        if config.metrics.address is not None:
+            url = stack.enter_context(_metrics(config, config.metrics.address, service))
+            logger.info("metrics url=%s", url)
         logger.info("serving run=%s address=%s", prepared.spec.run_id, address)
         on_ready(address)
         await _until(stop, deciding)
+
+
+@contextlib.contextmanager
+def _metrics(config: RunConfig, address: str, service: Service) -> Iterator[str]:
+    """Serve the figures; each call reads them on the event loop, where they change."""
+    loop, security = asyncio.get_running_loop(), config.wire_security
+
+    def read() -> list[Any]:
+        asked = asyncio.run_coroutine_threadsafe(service.figures(), loop)
+        try:
+            return asked.result(CALL_S)
+        except TimeoutError:
+            asked.cancel()
+            raise
+
+    with serving_metrics(address, security, config.metrics.token_of(security), read) as url:
+        yield url
 
 
 def _check_port(address: str) -> None:

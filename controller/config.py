@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from controller.config_errors import first_sentence
+from controller.config_metrics import MetricsSection, check_scraping
 from controller.config_section import Section
 from controller.config_security import SecuritySection
 from controller.guard import GuardConfig
@@ -165,6 +166,7 @@ class RunConfig(Section):
     probe: ProbeSection = ProbeSection()
     workers: WorkersSection = WorkersSection()
     security: SecuritySection = SecuritySection()
+    metrics: MetricsSection = MetricsSection()
 
     @field_validator("address")
     @classmethod
@@ -179,6 +181,7 @@ class RunConfig(Section):
     def _is_guarded(self) -> RunConfig:
         try:
             check_bind(self.address, self.wire_security)
+            check_scraping(self.metrics, self.wire_security)
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return self
@@ -279,6 +282,19 @@ def parse_run(document: object, *, source: str) -> RunConfig:
         return RunConfig.model_validate(document)
     except ValidationError as error:
         raise ConfigError(f"{source}: {first_sentence(error, RunConfig)}") from None
+
+
+def with_metrics(config: RunConfig, address: str | None) -> RunConfig:
+    """Return a run whose figures are served at `address`; None: as its run file says.
+
+    Raises:
+        ConfigError: they must not be served there.
+    """
+    if address is None:
+        return config
+    document = config.model_dump(mode="json")
+    document["metrics"]["address"] = address
+    return parse_run(document, source="--metrics")
 
 
 def run_spec(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ _SPEED_STEPS = 64
 
 _PACE_STEPS = 16
 """Steps over which it is measured how long one takes."""
+
+_STEP_BOUNDS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_DECISION_BOUNDS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,6 +48,22 @@ class Totals:
         return cls(**values)
 
 
+class Histogram:
+    """How often a value lay below each of a few bounds, since the controller started."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(bounds) + 1)
+        """Of the values up to each bound and above the one before; the last: above all."""
+
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
 _TOTALS = tuple(field.name for field in dataclasses.fields(Totals))
 
 
@@ -54,6 +74,18 @@ class Metrics:
         self.totals = totals
         self.loss: NDArray[np.float64] = np.full(num_domains, np.nan)
         """[domains]: nats a token in the newest step that had the domain; NaN: never seen."""
+
+        self.domain_sequences: NDArray[np.int64] = np.zeros(num_domains, np.int64)
+        """[domains]: delivered since the controller started."""
+
+        self.domain_tokens: NDArray[np.int64] = np.zeros(num_domains, np.int64)
+        """[domains]: labels that counted in the loss, since the controller started."""
+
+        self.steps = Histogram(_STEP_BOUNDS_S)
+        """Seconds of each step, of the slowest rank."""
+
+        self.decisions = Histogram(_DECISION_BOUNDS_S)
+        """Seconds of each decision, from the last report to the announcement."""
 
         self._now = now
         self._recent: deque[tuple[float, int]] = deque(maxlen=_SPEED_STEPS)
@@ -66,7 +98,12 @@ class Metrics:
         tokens = int(observation.tokens.sum())
         self.totals.tokens += tokens
         self._recent.append((self._now(), tokens))
-        self._step_s.append(max((report.step_s for report in reports), default=0.0))
+        slowest_s = max((report.step_s for report in reports), default=0.0)
+        self._step_s.append(slowest_s)
+        if reports:
+            self.steps.add(slowest_s)
+        self.domain_sequences += observation.sequences
+        self.domain_tokens += observation.tokens
         self.totals.missing_reports += observation.num_missing_ranks
         self.totals.degraded_steps += any(report.degraded for report in reports)
         for name in ("step_s", "data_wait_s", "probe_s"):
@@ -83,6 +120,7 @@ class Metrics:
     def decided(self, decision_s: float) -> None:
         """Note how long a decision took, from the last report to the announcement."""
         self._decision_ms.append(decision_s * 1000)
+        self.decisions.add(decision_s)
 
     def decision_ms(self, percentile: float) -> float:
         """Return a percentile over all decisions of this controller; 0: there was none."""

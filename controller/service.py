@@ -14,6 +14,7 @@ from controller.ledger_schema import event_entry, quarantine_entry, workers_entr
 from controller.loop import ControlLoop
 from controller.metrics import Metrics
 from controller.policy_runner import PolicyRunner
+from controller.scrape import families
 from controller.shadows import Shadows
 from controller.state import Told
 from controller.workers import Workers
@@ -286,6 +287,10 @@ class Service:
             raise self._failure
 
     # For operators.
+
+    async def figures(self) -> list[Any]:
+        """Return what Prometheus gets; see `controller.scrape`."""
+        return families(await self.status(), self._metrics)
 
     async def status(self) -> RunStatus:
         """See `AdminService.status`."""

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from controller.config import load_run_file
+from controller.config import load_run_file, with_metrics
 from deploy.exits import told
 from deploy.on_run import on_run
 from deploy.screen import printable, status_panel
@@ -157,6 +157,10 @@ def drain(admin: AdminClient) -> None:
 @told
 def controller(
     run_file: Annotated[Path, typer.Argument(help="The run file.")],
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Serve figures for Prometheus there, at /metrics."),
+    ] = None,
 ) -> None:
     """Serve a run's controller in the foreground, outside Ray, until Ctrl-C or SIGTERM.
 
@@ -168,7 +172,7 @@ def controller(
     from controller.app import check_first
     from deploy.dataset import ensure_index
 
-    config = load_run_file(run_file)
+    config = with_metrics(load_run_file(run_file), metrics)
     check_first(config)
     ensure_index(config)
     asyncio.run(serve(config))

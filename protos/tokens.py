@@ -61,6 +61,13 @@ class TokenFile:
         """Return the hashes of the tokens that a server takes."""
         return [_hashed(token) for token in self._file.get()]
 
+    def takes(self, value: str) -> bool:
+        """Say whether a header of the value `Bearer TOKEN` shows one of the tokens."""
+        asked = _hashed(value.removeprefix(_SCHEME))
+        # All are compared, whichever fits: the time says nothing of which does.
+        fits = [hmac.compare_digest(known, asked) for known in self.hashes()]
+        return value.startswith(_SCHEME) and any(fits)
+
 
 @functools.cache
 def token_file(path: Path) -> TokenFile:
