@@ -144,7 +144,7 @@ def read_history(ledger: Ledger, spec: RunSpec) -> History:
         steering.frozen = control.body["frozen"]
     wanted = ledger.newest(Kind.WORKERS)
     return History(
-        book=book_from(ledger, Step(sealed_through + 1), spec),
+        book=book_from(ledger, floor_of(cursors, sealed_through), spec),
         observed_through=seal.body["observed_through"] if seal is not None else -1,
         sealed_through=sealed_through,
         membership=membership,
@@ -159,6 +159,16 @@ def read_history(ledger: Ledger, spec: RunSpec) -> History:
             for row in ledger.rows(Kind.SNAPSHOT, newest_first=True)
         ],
     )
+
+
+def floor_of(cursors: LaneCursors, sealed_through: int) -> Step:
+    """Return the first step whose plan a worker may need: where the hindmost lane stands.
+
+    At most the last sealed one: the next plan may begin after it, and a worker that was told of
+    the present one as if it began there, too, would refuse it.
+    """
+    hindmost = min((step for step, _ in cursors.values()), default=Step(0))
+    return Step(max(min(hindmost, sealed_through), 0))
 
 
 def book_from(

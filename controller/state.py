@@ -63,13 +63,8 @@ class RunState:
 
     @property
     def floor(self) -> Step:
-        """The first step whose plan a worker may need: where the hindmost lane stands.
-
-        At most the last sealed one: the next plan may begin after it, and a worker that was told of
-        the present one as if it began there, too, would refuse it.
-        """
-        hindmost = min((step for step, _ in self.cursors.values()), default=Step(0))
-        return Step(max(min(hindmost, self.sealed_through), 0))
+        """The first step whose plan a worker may need; see `past.floor_of`."""
+        return past.floor_of(self.cursors, self.sealed_through)
 
     def move_cursors(self, step: Step, cursors: Cursors) -> Cursors:
         """Take in lanes' places after `step`; return those that are newer than what was known."""

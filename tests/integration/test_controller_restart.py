@@ -13,6 +13,7 @@ from controller.app import bring_up
 from controller.config import RunConfig
 from controller.history import read_history
 from controller.ledger_schema import CARRY_EVERY, Kind, plan_of
+from protos.planbook import PlanBook
 from protos.types import Plan, Step
 from tests.fakes_controller import (
     ACODM,
@@ -118,6 +119,37 @@ def test_no_decision_is_made_before_workers_have_said_how_far_they_went_alone(
             await controller.report_step(2)
             # Steps 2 and 3 were composed with the plan of before.
             assert [plan.first_step for plan in controller.plans] == [0, 4]
+
+    asyncio.run(scenario())
+
+
+def test_workers_are_told_the_plans_they_need_wherever_the_controller_was_killed(
+    tmp_path: Path,
+) -> None:
+    """Also where a snapshot of the carry lies between what is observed and what is sealed."""
+
+    async def scenario() -> None:
+        config = small_run(tmp_path, steps=1000, policy=ODM, control={"lag": 40})
+        with bench(config) as controller:
+            await controller.join_all(1)
+        for step in range(CARRY_EVERY + 6):
+            if step < CARRY_EVERY - 50:
+                continue
+            with bench(config) as controller:
+                controller.workers.told_plans("worker-0")
+                for _ in range(2):
+                    controller.workers.beat(make_beat(generation=1))
+                first = controller.state.observed_through + 1
+                for missing in range(first, step + 1):
+                    await controller.report_step(missing)
+                assert controller.state.observed_through == step
+            with bench(config) as controller:
+                event, _ = controller.state.next_event(None)
+                assert (event.reset, event.sealed_through) == (True, step + 40)
+                book = PlanBook(global_sequences=config.batch.global_sequences)
+                for plan in event.plans:
+                    book.add(plan)
+                assert book.plans[0].first_step == step + 1
 
     asyncio.run(scenario())
 
