@@ -36,6 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Serve the run that the run file describes; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m controller", description=__doc__)
     parser.add_argument("run_file", type=Path, help="the run file (YAML)")
+    parser.add_argument(
+        "--standby",
+        action="store_true",
+        help="wait while another controller has the ledger, and take over once that is dead",
+    )
     parser.add_argument("--verbose", action="store_true", help="log what happens, on stderr")
     parser.add_argument(
         "--metrics", metavar="HOST:PORT", help="serve figures for Prometheus there, at /metrics"
@@ -46,21 +51,22 @@ def main(arguments: list[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
     try:
-        asyncio.run(serve(with_metrics(load_run_file(options.run_file), options.metrics)))
+        config = with_metrics(load_run_file(options.run_file), options.metrics)
+        asyncio.run(serve(config, standby=options.standby))
     except HeadraceError as error:
         print(f"headrace controller: {error}", file=sys.stderr)
         return exit_code(error)
     return 0
 
 
-async def serve(config: RunConfig) -> None:
-    """Serve until SIGTERM or SIGINT; say on stdout where."""
+async def serve(config: RunConfig, *, standby: bool = False) -> None:
+    """Serve until SIGTERM or SIGINT; say on stdout where. See `run_controller`."""
     arm(os.environ)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await run_controller(config, on_ready=_say_ready, stop=stop)
+    await run_controller(config, on_ready=_say_ready, stop=stop, standby=standby)
 
 
 def exit_code(error: HeadraceError) -> int:

@@ -64,8 +64,14 @@ class Prepared:
     bad_share: BadShare
 
 
-def check_first(config: RunConfig) -> None:
+LOOK_AGAIN_S = 0.1
+"""How often a standby looks whether the ledger is free."""
+
+
+def check_first(config: RunConfig, *, standby: bool = False) -> None:
     """Check what takes a moment, before hours go into an index that a typing error makes useless.
+
+    The port of a `standby` may be taken: by the controller that it stands by for.
 
     Raises:
         AlreadyServing: the port is taken.
@@ -73,9 +79,10 @@ def check_first(config: RunConfig) -> None:
         DataError: the tokenizer cannot be used.
     """
     check_guard(config.address, config.wire_security)
-    _check_port(config.address)
-    if config.metrics.address is not None:
-        _check_port(config.metrics.address)
+    if not standby:
+        _check_port(config.address)
+        if config.metrics.address is not None:
+            _check_port(config.metrics.address)
     _tokenizer(config)
 
 
@@ -121,9 +128,15 @@ def prepare(config: RunConfig) -> Prepared:
 
 
 async def run_controller(
-    config: RunConfig, *, on_ready: Callable[[str], None], stop: asyncio.Event
+    config: RunConfig,
+    *,
+    on_ready: Callable[[str], None],
+    stop: asyncio.Event,
+    standby: bool = False,
 ) -> None:
     """Serve a run until `stop` is set; `on_ready` hears the address.
+
+    A `standby` gets all ready and then waits for as long as another controller has the ledger.
 
     Raises:
         AlreadyServing: another controller holds the ledger or the port.
@@ -132,11 +145,14 @@ async def run_controller(
         LedgerError: the ledger is damaged or cannot be written.
     """
     prepared = await asyncio.to_thread(prepare, config)
-    _check_port(config.address)
+    if not standby:
+        _check_port(config.address)
     async with AsyncExitStack() as stack:
         ledger_thread = SingleThread("headrace-ledger")
         stack.callback(ledger_thread.close, 10.0)
-        ledger = await ledger_thread.call(Ledger, config.ledger_path)
+        ledger = await _open_ledger(config, ledger_thread, stop=stop, standby=standby)
+        if ledger is None:
+            return
         stack.push_async_callback(ledger_thread.call, ledger.close)
         history = await ledger_thread.call(_open_history, ledger, config, prepared)
         runner = PolicyRunner(prepared.policy, budget_s=config.guard.time_budget_s)
@@ -198,6 +214,31 @@ def _check_port(address: str) -> None:
                 f"cannot serve {address}: {error.strerror}; stop the process that holds the port "
                 "or choose another address"
             ) from error
+
+
+async def _open_ledger(
+    config: RunConfig, ledger_thread: SingleThread, *, stop: asyncio.Event, standby: bool
+) -> Ledger | None:
+    """Open the ledger; a standby waits for it. None: it was stopped meanwhile."""
+    waits = False
+    while True:
+        try:
+            ledger = await ledger_thread.call(Ledger, config.ledger_path)
+        except AlreadyServing as error:
+            if not standby:
+                raise
+            level = logging.DEBUG if waits else logging.WARNING
+            logger.log(level, "standing by: %s", error)
+            waits = True
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_AGAIN_S):
+                    await stop.wait()
+            if stop.is_set():
+                return None
+            continue
+        if waits:
+            logger.warning("the ledger is free: this controller takes over")
+        return ledger
 
 
 def _open_history(ledger: Ledger, config: RunConfig, prepared: Prepared) -> History:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from controller.ledger_file import check_version, explained, forget_cached
 from controller.ledger_lock import LedgerLock
 from controller.ledger_schema import (
     CREATE,
@@ -159,7 +159,7 @@ class Ledger:
             # SQLite keeps its other files beside the one that a link leads to.
             real = self.path.resolve()
             for path in (real, real.with_name(f"{real.name}-wal")):
-                _forget_cached(path)
+                forget_cached(path)
             self._database = self._connect()
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             ends = self._database.execute("SELECT seq, hash FROM head WHERE id = 0").fetchone()
@@ -258,25 +258,6 @@ class Ledger:
                 f"the ledger {self.path} was taken over by another controller (number {epoch}, "
                 f"this one is {self.epoch}); this one writes no more"
             )
-
-
-def _forget_cached(path: Path) -> None:
-    """Have the next read come from the disk: after an error the cache may hold what it does not."""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def check_version(version: int, path: Path) -> None:
-    """Refuse a ledger that this program cannot read.
-
-    Raises:
-        LedgerError: it is newer than the program, or no ledger.
-    """
-    if not OLDEST_VERSION <= version <= SCHEMA_VERSION:
-        raise LedgerError(
-            f"the ledger {path} has schema version {version}, this program knows versions "
-            f"{OLDEST_VERSION} to {SCHEMA_VERSION}; use the program that wrote it, or another `out`"
-        )
 
 
 def read_rows(
@@ -395,12 +376,3 @@ def _before_last(database: sqlite3.Connection, last: int) -> tuple[int, bytes]:
         "SELECT seq, hash FROM ledger WHERE seq = (SELECT max(seq) FROM ledger) - ?", (last,)
     ).fetchone()
     return found or (0, GENESIS)
-
-
-@contextlib.contextmanager
-def explained(sentence: str) -> Iterator[None]:
-    """Have what SQLite says of a file follow on `sentence`, as a LedgerError."""
-    try:
-        yield
-    except (sqlite3.Error, OSError, OverflowError, UnicodeDecodeError) as error:
-        raise LedgerError(f"{sentence}: {error}") from error

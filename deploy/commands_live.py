@@ -161,6 +161,13 @@ def controller(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Serve figures for Prometheus there, at /metrics."),
     ] = None,
+    standby: Annotated[
+        bool,
+        typer.Option(
+            "--standby",
+            help="Wait while another controller has the ledger; take over once that is dead.",
+        ),
+    ] = False,
 ) -> None:
     """Serve a run's controller in the foreground, outside Ray, until Ctrl-C or SIGTERM.
 
@@ -173,6 +180,6 @@ def controller(
     from deploy.dataset import ensure_index
 
     config = with_metrics(load_run_file(run_file), metrics)
-    check_first(config)
+    check_first(config, standby=standby)
     ensure_index(config)
-    asyncio.run(serve(config))
+    asyncio.run(serve(config, standby=standby))
