@@ -1,4 +1,4 @@
-"""`headrace export` and `headrace replay`: what is read from a ledger."""
+"""`headrace export`, `replay` and `report`: what is read from a ledger."""
 
 from __future__ import annotations
 
@@ -112,3 +112,22 @@ def replay(
             print(f"step {number}: ranks had another plan than the ledger has")
     if replayed.otherwise:
         raise typer.Exit(_FAULTY)
+
+
+@told
+def report(
+    source: SourceArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="The page. Default: report.html beside the ledger.")
+    ] = None,
+) -> None:
+    """Draw a run on one HTML page: mixture, losses, alignment, waits, decisions, events.
+
+    The page holds all that it needs: no network, no script. Works while the run goes on, and for
+    ledgers of any length. Exit code 5 if the ledger is damaged.
+    """
+    from deploy.reading.page import write_report_page
+
+    with working(stderr, "reading the ledger"):
+        path = write_report_page(source, out)
+    Console().print(f"{path}", soft_wrap=True, highlight=False, markup=False)

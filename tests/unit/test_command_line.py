@@ -34,6 +34,7 @@ COMMANDS = [
     ["explain"],
     ["export"],
     ["replay"],
+    ["report"],
     ["controller"],
     ["status"],
     ["mixture"],
