@@ -68,14 +68,17 @@ class ControllerHost:
         if self._thread is None or self._loop is None or self._stop is None:
             return
         if self._thread.is_alive():
-            if drain and self._address.done() and self._error is None:
-                self._drain(timeout_s)
+            if drain:
+                self.drain(timeout_s)
             self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             raise NotReady(f"the controller has not stopped after {timeout_s:g} s")
 
-    def _drain(self, timeout_s: float) -> None:
+    def drain(self, timeout_s: float = 30.0) -> None:
+        """Tell workers and ranks that the run is over. Does nothing where nothing is served."""
+        if not self._address.done() or self._error is not None:
+            return
         client = AdminClient(self._address.result(), security=self._config.wire_security)
         try:
             client.drain(timeout_s=timeout_s)

@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from controller.config_cluster import ClusterSection, WorkersSection
 from controller.config_errors import first_sentence
 from controller.config_metrics import MetricsSection, check_scraping
 from controller.config_section import Section
@@ -136,15 +137,6 @@ class ProbeSection(Section):
     layers: tuple[str, ...] = ()
 
 
-class WorkersSection(Section):
-    """Loader workers, for whoever starts them."""
-
-    count: Count = 2
-    cache_dir: Path | None = None
-    cache_bytes: Count = 10_000_000_000
-    threads: Count = 1
-
-
 class RunConfig(Section):
     """A whole run file."""
 
@@ -165,6 +157,7 @@ class RunConfig(Section):
     control: ControlSection = ControlSection()
     probe: ProbeSection = ProbeSection()
     workers: WorkersSection = WorkersSection()
+    cluster: ClusterSection = ClusterSection()
     security: SecuritySection = SecuritySection()
     metrics: MetricsSection = MetricsSection()
 

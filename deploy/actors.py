@@ -46,6 +46,9 @@ class WatchedActor:
         self._is_lost = False
         self._fault = ""
         self.state = ActorState.STARTING
+        self.address = ""
+        """Where it serves, or did last; empty: it never has."""
+
         self.has_left = False
         """It was asked to leave, and is needed no more."""
 
@@ -65,7 +68,7 @@ class WatchedActor:
             raise _ours(error) from error
         except RayActorError as error:
             raise NotReady(f"the {self.name} died while it started: {error}") from error
-        self._serving()
+        self._serving(address)
         return address
 
     def look(self) -> None:
@@ -91,7 +94,7 @@ class WatchedActor:
             self._lost()
             self._pending = self._actor.start.remote()
         else:
-            self._serving()
+            self._serving(answer)
             self._say_fault(getattr(answer, "error", ""))
 
     def _look_leaving(self) -> None:
@@ -110,7 +113,9 @@ class WatchedActor:
             self._say(f"the {self.name} has ended: {fault}")
         self._fault = fault
 
-    def _serving(self) -> None:
+    def _serving(self, answer: object) -> None:
+        if isinstance(answer, str):
+            self.address = answer
         if self._is_lost:
             self._say(f"the {self.name} serves again")
         self._is_lost = False
@@ -132,6 +137,21 @@ class WatchedActor:
         """Begin to stop; return what to wait for."""
         self.state = ActorState.STOPPED
         return self._actor.stop.remote()
+
+    def mend(self) -> None:
+        """If it lives and said that it cannot go on, have Ray start its process anew."""
+        done, _ = ray.wait([self._pending], timeout=0)
+        if not done:
+            return
+        try:
+            ray.get(self._pending)
+        except RayTaskError:
+            with contextlib.suppress(Exception):
+                ray.kill(self._actor, no_restart=False)
+            self._lost()
+            self._pending = self._actor.start.remote()
+        except RayActorError:
+            return
 
     def kill(self) -> None:
         """End the process."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from deploy import (
+    commands_cluster,
     commands_compare,
     commands_data,
     commands_ledger,
@@ -34,6 +35,9 @@ app.command("export")(commands_ledger.export)
 app.command("replay")(commands_ledger.replay)
 app.command("report")(commands_ledger.report)
 app.command("controller")(commands_live.controller)
+app.command("up")(commands_cluster.up)
+app.command("down")(commands_cluster.down)
+app.command("logs")(commands_cluster.logs)
 app.command("status")(commands_live.status)
 app.add_typer(commands_live.mixture, name="mixture")
 app.command("scale")(commands_live.scale)

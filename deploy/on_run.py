@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Concatenate, ParamSpec
 
 import typer
 
+from controller.config import load_run_file
 from deploy.runfile import ADDRESS
 from protos.client import AdminClient
-from protos.errors import ConfigError
+from protos.errors import ConfigError, HeadraceError
 from protos.security import Security
 
 P = ParamSpec("P")
@@ -56,26 +58,83 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
 """Of each parameter that every such command has: type and default."""
 
 _ADDRESS = Annotated[
-    str, typer.Argument(help="HOST:PORT of the controller, or the folder of a `headrace run`.")
+    str,
+    typer.Argument(
+        help="HOST:PORT of the controller, a run's folder, its run file, or the name of a run on "
+        "the Ray cluster that RAY_ADDRESS names. A run file also says which token and which "
+        "authority, where the options do not."
+    ),
 ]
 
 
 def find_controller(address: str) -> str:
-    """Return HOST:PORT of a controller, read from the run's folder if one is named.
+    """Return HOST:PORT of a controller, from a run's folder, its run file or its name.
 
     Raises:
-        ConfigError: nothing is served from that folder now.
+        ConfigError: nothing is served from that folder now, or there is no such run.
     """
-    folder = Path(address)
-    if not folder.is_dir():
+    given = Path(address)
+    if given.is_dir():
+        try:
+            return _address_in(given)
+        except OSError:
+            raise ConfigError(
+                f"no controller serves the run in {given} now (there is no {ADDRESS} in it); name "
+                "HOST:PORT if it was started by hand"
+            ) from None
+    run = name_of_run(address)
+    if given.is_file():
+        # Where the run's folder is not seen from here, the cluster is asked.
+        with contextlib.suppress(OSError):
+            return _address_in(load_run_file(given).out)
+    elif ":" in address:
         return address
+    return _on_cluster(run or address)
+
+
+def _address_in(folder: Path) -> str:
+    return (folder / ADDRESS).read_text(encoding="utf-8").strip()
+
+
+def _on_cluster(run: str) -> str:
+    # Slow to import, and needed where nothing else says it.
+    from deploy.cluster import keeper_state
+    from deploy.cluster_connection import on_cluster
+
     try:
-        return (folder / ADDRESS).read_text(encoding="utf-8").strip()
-    except OSError:
+        with on_cluster(None, run=run):
+            return str(keeper_state(run).address)
+    except HeadraceError as error:
         raise ConfigError(
-            f"no controller serves the run in {folder} now (there is no {ADDRESS} in it); name "
-            "HOST:PORT if it was started by hand"
-        ) from None
+            f"{run!r} is neither HOST:PORT nor the folder or file of a run, nor the name of one that "
+            f"is up on a Ray cluster: {error}"
+        ) from error
+
+
+def name_of_run(run: str | None) -> str | None:
+    """Return the name of a run that is given by name or by its run file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if run is None or not (run.endswith((".yaml", ".yml")) or Path(run).is_file()):
+        return run
+    return load_run_file(Path(run)).run
+
+
+def _security(address: str, options: Mapping[str, Any]) -> Security:
+    """Return what the options say; what they do not say, by the run file if one was named."""
+    given = {**options, "admin_token_file": options["token_file"]}
+    del given["token_file"]
+    if Path(address).is_file():
+        filed = load_run_file(Path(address)).wire_security
+        if given["ca"] is None and given["cert"] is None:
+            given |= {"ca": filed.ca, "server_name": given["server_name"] or filed.server_name}
+            if filed.client_ca is not None:
+                given |= {"cert": filed.cert, "key": filed.key}
+        given["admin_token_file"] = given["admin_token_file"] or filed.admin_token_file
+        given["insecure"] = given["insecure"] or filed.insecure
+    return Security(**given)
 
 
 def on_run(
@@ -95,7 +154,7 @@ def _connecting(
     @functools.wraps(command)
     def connected(address: str, *args: P.args, **kwargs: P.kwargs) -> None:
         options: dict[str, Any] = {name: kwargs.pop(name) for name in _OPTIONS}
-        security = Security(admin_token_file=options.pop("token_file"), **options)
+        security = _security(address, options)
         with closing(AdminClient(find_controller(address), security=security)) as admin:
             command(admin, *args, **kwargs)
 

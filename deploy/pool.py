@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol
 
 from controller.config import RunConfig
-from deploy.actors import Say, WatchedActor, stop_actors
+from deploy.actors import START_TIMEOUT_S, Say, WatchedActor, stop_actors
 from loader_workers.actor import LoaderActor
 from loader_workers.worker import DRAIN_S, WorkerSettings
+
+
+class WorkerMaker(Protocol):
+    """Makes a worker's actor, wherever it is to be."""
+
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Hear which workers are about to be made."""
+
+    def make(self, number: int, settings: WorkerSettings) -> Any:
+        """Return the actor of a worker; on a cluster perhaps one that is there already."""
+
+    def gone(self, number: int) -> None:
+        """Hear that a worker has been ended."""
+
+
+class LocalMaker:
+    """Makes workers on this machine, whose Ray has a CPU for each that the run begins with."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def expect(self, numbers: Sequence[int]) -> None:
+        """See `WorkerMaker`."""
+
+    def make(self, number: int, settings: WorkerSettings) -> Any:
+        """See `WorkerMaker`."""
+        num_cpus = 1 if number < self._count else 0
+        return LoaderActor.options(num_cpus=num_cpus, max_restarts=-1).remote(settings)
+
+    def gone(self, number: int) -> None:
+        """See `WorkerMaker`."""
 
 
 class WorkerPool:
@@ -24,9 +56,10 @@ class WorkerPool:
         self,
         config: RunConfig,
         address: str,
-        cache: Path,
+        cache: Path | None,
         *,
         say: Say,
+        maker: WorkerMaker | None = None,
         drain_s: float = DRAIN_S,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -34,6 +67,7 @@ class WorkerPool:
         self._address = address
         self._cache = config.workers.cache_dir or cache
         self._say = say
+        self._maker = maker or LocalMaker(config.workers.count)
         self._drain_s = drain_s
         self._now = now
         self._workers: dict[int, WatchedActor] = {}
@@ -44,18 +78,37 @@ class WorkerPool:
         """How many workers there are, without those that leave."""
         return len(self._workers)
 
+    @property
+    def workers(self) -> dict[int, WatchedActor]:
+        """All workers by number, also those that leave."""
+        return {**self._workers, **{number: each for number, (each, _) in self._leaving.items()}}
+
     def start(self) -> None:
         """Start as many workers as the run file says, and wait until they serve.
 
         Raises:
             HeadraceError: one cannot serve.
         """
-        for number in range(self._config.workers.count):
-            self._workers[number] = self._start(number, num_cpus=1)
-        for worker in self._workers.values():
-            worker.wait_started()
+        self.begin(range(self._config.workers.count))
+        self.wait_started()
 
-    def _start(self, number: int, *, num_cpus: int) -> WatchedActor:
+    def begin(self, numbers: Iterable[int]) -> None:
+        """Start workers of these numbers, or take them up where they are; returns at once."""
+        wanted = list(numbers)
+        self._maker.expect(wanted)
+        for number in wanted:
+            self._workers[number] = self._start(number)
+
+    def wait_started(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Wait until all workers serve, so long for each.
+
+        Raises:
+            HeadraceError: one cannot serve, or does not in time.
+        """
+        for worker in self._workers.values():
+            worker.wait_started(timeout_s)
+
+    def _start(self, number: int) -> WatchedActor:
         workers, name = self._config.workers, f"worker-{number}"
         settings = WorkerSettings(
             controller=self._address,
@@ -68,17 +121,15 @@ class WorkerPool:
             # What workers need of it: not the token that steers the run.
             security=replace(self._config.wire_security, admin_token_file=None),
         )
-        options = LoaderActor.options(num_cpus=num_cpus, max_restarts=-1)  # type: ignore[attr-defined]
-        return WatchedActor(f"loader {name}", options.remote(settings), ping="stats", say=self._say)
+        actor = self._maker.make(number, settings)
+        return WatchedActor(f"loader {name}", actor, ping="stats", say=self._say)
 
     def scale(self, wanted: int) -> None:
         """Start workers, or ask some to leave, until so many stay; returns at once."""
         before = self.size
-        while self.size < wanted:
-            taken = self._workers.keys() | self._leaving.keys()
-            number = next(each for each in range(len(taken) + 1) if each not in taken)
-            # What Ray counts as cores was counted for the workers that the run began with.
-            self._workers[number] = self._start(number, num_cpus=0)
+        taken = self._workers.keys() | self._leaving.keys()
+        free = (number for number in range(len(taken) + wanted) if number not in taken)
+        self.begin([next(free) for _ in range(wanted - self.size)])
         while self.size > wanted:
             number = max(self._workers)
             worker = self._workers.pop(number)
@@ -101,9 +152,10 @@ class WorkerPool:
             if worker.has_left or is_late:
                 del self._leaving[number]
                 worker.kill()
+                self._maker.gone(number)
                 how = f"was ended after {self._drain_s:g} s" if is_late else "has left"
                 self._say(f"the {worker.name} {how}")
 
     def stop(self) -> None:
         """End all workers; those that are dead do no harm."""
-        stop_actors([*self._workers.values(), *(worker for worker, _ in self._leaving.values())])
+        stop_actors(list(self.workers.values()))

@@ -11,8 +11,7 @@ import ray
 from loader_workers.worker import Worker, WorkerSettings, WorkerStats
 
 
-@ray.remote
-class LoaderActor:
+class LoaderHost:
     """One loader worker in a process of Ray's."""
 
     def __init__(self, settings: WorkerSettings) -> None:
@@ -52,3 +51,7 @@ class LoaderActor:
         """Stop serving; idempotent."""
         self._stop.set()
         self._stack.close()
+
+
+LoaderActor = ray.remote(LoaderHost)
+"""`LoaderActor.options(...).remote(settings)`; then `start`, `stats`, `leave`, `stop`."""

@@ -146,7 +146,7 @@ def test_a_worker_and_a_controller_that_die_come_back_and_a_dead_rank_ends_the_r
 
         wait_until(lambda: trains(run, out), timeout_s=90, what="the first step")
         traces = run.traces()
-        one_of(run, "ray::LoaderActor").kill()
+        one_of(run, "ray::LoaderHost").kill()
         says("died; Ray starts it again")
         says("serves again")
         one_of(run, "ray::ControllerHost").kill()
