@@ -10,7 +10,11 @@ _OWN = ("controller", "deploy", "loader_workers", "protos", "trainer_client")
 def main() -> None:
     """Run the command line; end the process with its exit status."""
     try:
-        from deploy.commands import app
+        if sys.argv[1:] in ([], ["--help"]):
+            # Without the commands themselves, whose imports take longer than reading the help.
+            from deploy.overview import app
+        else:
+            from deploy.commands import app
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in _OWN:

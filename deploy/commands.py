@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
 from deploy import (
     commands_cluster,
     commands_compare,
@@ -12,19 +10,10 @@ from deploy import (
     commands_live,
     commands_run,
 )
-from deploy.exits import EXIT_CODES_HELP
 from deploy.explain import explain
+from deploy.overview import make_app
 
-app = typer.Typer(
-    name="headrace",
-    help=(
-        "Feeds pretraining jobs with text from many domains, and decides while the model trains "
-        f"how much of each it sees. {EXIT_CODES_HELP}"
-    ),
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = make_app()
 app.command("run")(commands_run.run)
 app.command("compare")(commands_compare.compare)
 app.command("pack")(commands_data.pack)

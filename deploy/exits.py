@@ -33,11 +33,6 @@ EXIT_CODES: dict[type[HeadraceError], int] = {
     Stopped: 130,
 }
 
-EXIT_CODES_HELP = (
-    "Exit codes: 0 done, 1 no answer, 2 bad input or settings, 3 another controller holds ledger "
-    "or port, 4 data, 5 ledger, 6 the trainer failed, 130 stopped by Ctrl-C or SIGTERM."
-)
-
 _INTERRUPTED = 130
 
 stderr = Console(stderr=True)

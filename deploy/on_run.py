@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -97,6 +98,9 @@ def _address_in(folder: Path) -> str:
 
 
 def _on_cluster(run: str) -> str:
+    neither = f"{run!r} is neither HOST:PORT nor the folder or file of a run"
+    if not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(f"{neither}; a run on a Ray cluster is found where RAY_ADDRESS is set")
     # Slow to import, and needed where nothing else says it.
     from deploy.cluster import keeper_state
     from deploy.cluster_connection import on_cluster
@@ -105,10 +109,7 @@ def _on_cluster(run: str) -> str:
         with on_cluster(None, run=run):
             return str(keeper_state(run).address)
     except HeadraceError as error:
-        raise ConfigError(
-            f"{run!r} is neither HOST:PORT nor the folder or file of a run, nor the name of one that "
-            f"is up on a Ray cluster: {error}"
-        ) from error
+        raise ConfigError(f"{neither}, and not found on a Ray cluster: {error}") from error
 
 
 def name_of_run(run: str | None) -> str | None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import typer.main
 import yaml
 from typer.testing import CliRunner
 
 from controller.ledger_lock import LedgerLock
+from deploy import overview
 from deploy.commands import app
 from deploy.exits import EXIT_CODES, exit_code
 from deploy.failures import Stopped, TrainerFailed
@@ -24,6 +28,7 @@ from protos.errors import (
     LedgerError,
     UnknownDomain,
 )
+from tests.harness_runs import ROOT
 
 COMMANDS = [
     ["run"],
@@ -36,6 +41,9 @@ COMMANDS = [
     ["replay"],
     ["report"],
     ["controller"],
+    ["up"],
+    ["down"],
+    ["logs"],
     ["status"],
     ["mixture"],
     ["mixture", "set"],
@@ -55,6 +63,27 @@ def test_the_commands_are_those_that_are_listed_here() -> None:
     names = {command.name for command in app.registered_commands}
     names |= {group.name for group in app.registered_groups}
     assert names == {command[0] for command in COMMANDS}
+
+
+def test_the_overview_says_of_each_command_what_the_command_says_of_itself() -> None:
+    commands = getattr(typer.main.get_command(app), "commands")  # noqa: B009 - typer's own class
+    first_lines = {
+        name: " ".join(command.help.partition("\n\n")[0].split())
+        for name, command in commands.items()
+    }
+    assert first_lines == overview.COMMANDS
+
+
+def test_help_imports_neither_ray_nor_torch_nor_grpc() -> None:
+    script = "import sys; sys.argv[1:] = ['--help']\n"
+    script += "from deploy.cli import main\n"
+    script += "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+    script += "print([name for name in ('ray', 'torch', 'grpc', 'numpy') if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "doctor" in done.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

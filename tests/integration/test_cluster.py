@@ -1,0 +1,83 @@
+"""`headrace up` on a Ray cluster of one node: brought up once, adopted, refused, brought down."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.fakes_consumer import ConsumedRun, write_corpus, write_run
+from tests.faults.processes import free_address
+from tests.ray_clusters import RayCluster, ray_cluster, start_head
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+RUN = "consumed"
+
+
+def _roles(cluster: RayCluster) -> list[str]:
+    """Return which of our actors' processes live on the head."""
+    names = [_name(process) for process in cluster.nodes["head"].processes()]
+    ours = ("NodeController", "NodeLoader", "Keeper")
+    return sorted(role for name in names for role in ours if f"ray::{role}" in name)
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def test_a_run_is_brought_up_once_adopted_refused_if_it_differs_and_brought_down_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_file = write_run(tmp_path / "out", write_corpus(tmp_path / "data"), address=free_address())
+    other = tmp_path / "other.yaml"
+    document = yaml.safe_load(run_file.read_text())
+    document["seed"], document["batch"]["window_samples"] = 12, 16
+    other.write_text(yaml.safe_dump(document))
+    with ray_cluster(free_address()) as cluster:
+        start_head(cluster)
+        started = time.monotonic()
+        up = cluster.command("up", str(run_file), "--detach", "--json")
+        assert up.returncode == 0, up.stderr
+        found = json.loads(up.stdout)
+        assert (found["run"], found["address"], found["adopted"]) == (
+            RUN, document["address"], False,
+        )  # fmt: skip
+        run = ConsumedRun(tmp_path / "out", found["address"], drain_s=5.0)
+        first: list[float] = []
+
+        def after_step(step: int) -> None:
+            if not first:
+                first.append(time.monotonic() - started)
+
+        run.consume(1, until=10, after_step=after_step)
+        with capsys.disabled():
+            print(f"\nheadrace up to the end of the first step: {first[0]:.1f} s")
+        assert _roles(cluster) == ["Keeper", "NodeController", "NodeLoader", "NodeLoader"]
+
+        again = cluster.command("up", str(run_file), "--detach")
+        assert again.returncode == 0, again.stderr
+        assert f"run {RUN!r} is up already: controller at {found['address']}" in again.stdout
+        differs = cluster.command("up", str(other), "--detach")
+        assert differs.returncode == 2
+        for said in (
+            "seed: 12 in the file, 11 running",
+            "batch.window_samples: 16 in the file, 8 running",
+        ):
+            assert said in differs.stderr
+        assert run.status().observed_step == 9, "it was left alone"
+
+        down = cluster.command("down", RUN)
+        assert down.returncode == 0, down.stderr
+        assert down.stdout.endswith(f"run {RUN!r} is down\n")
+        assert _roles(cluster) == []
+        assert not (tmp_path / "out" / "controller.address").exists()
+        gone = cluster.command("down", str(run_file))
+        assert (gone.returncode, gone.stdout) == (0, f"run {RUN!r} was not up\n"), gone.stderr
