@@ -15,7 +15,7 @@ from protos.errors import NotReady, StaleGeneration
 from protos.planbook import PlanBook
 from protos.slots import lane_counts
 from protos.spec import RunSpec
-from protos.types import Generation, Lane, PlanEvent, Step
+from protos.types import Generation, Lane, Plan, PlanEvent, Step
 
 logger = logging.getLogger(__name__)
 
@@ -99,18 +99,38 @@ class PlanBoard:
                     "ignored plans of generation %d, after %d", event.generation, self.generation
                 )
                 return
+            plans = event.plans
             if event.reset:
-                self._book = PlanBook(global_sequences=self._spec.global_sequences)
+                self._book, plans = self._begin_book(event)
                 if event.generation > self.generation:
                     self.composed_through = -1
                 self.generation = event.generation
             elif event.generation != self.generation:
                 # Without the plans from its start a generation cannot be composed.
                 return
-            for plan in event.plans:
+            for plan in plans:
                 self._book.add(plan)
             self._book.sealed_through = max(self._book.sealed_through, event.sealed_through)
             self.changed.notify_all()
+
+    def _begin_book(self, event: PlanEvent) -> tuple[PlanBook, tuple[Plan, ...]]:
+        """Return the book of a reset, and the plans that are still to be added to it.
+
+        A controller that was started anew tells the plans from where the hindmost lane stands. What
+        came before is kept: a stream for steps ahead was given its places when it was opened.
+        """
+        book = PlanBook(global_sequences=self._spec.global_sequences)
+        if event.generation != self.generation or not event.plans:
+            return book, event.plans
+        first = event.plans[0]
+        for plan in self._book.plans:
+            if plan.first_step < first.first_step:
+                book.add(plan)
+        if not book.plans or book.carry(first.first_step).tolist() != list(first.carry_q32):
+            return PlanBook(global_sequences=self._spec.global_sequences), event.plans
+        # The plan in force there is told as if it began there.
+        goes_on = book.newest.version == first.version
+        return book, event.plans[1:] if goes_on else event.plans
 
     def wait_generation(self, generation: Generation) -> None:
         """Wait until the newest generation is `generation`.
