@@ -85,14 +85,14 @@ class PlanBoard:
             InvalidMessage: the plans do not lead to one another.
         """
         with self.changed:
-            if event.epoch < self._epoch:
+            if 0 < event.epoch < self._epoch:
                 logger.warning(
                     "ignored plans of controller %d, which %d has replaced",
                     event.epoch,
                     self._epoch,
                 )
                 return
-            self._epoch = event.epoch
+            self._epoch = max(self._epoch, event.epoch)
             self._heard_at = self._now()
             if event.generation < self.generation:
                 logger.warning(
