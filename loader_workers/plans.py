@@ -63,6 +63,11 @@ class PlanBoard:
         """The last step of this generation that a stream was given a turn for."""
 
     @property
+    def epoch(self) -> int:
+        """The number of the controller whose plans are held; 0: it has none."""
+        return self._epoch
+
+    @property
     def sealed_through(self) -> int:
         """The last step whose plan is final; -1: none."""
         return self._book.sealed_through
