@@ -1,6 +1,6 @@
 """The tables of comparisons that were run once and kept: `python -m tests.learning.evidence_table`.
 
-Writes `table.txt` beside each comparison's records.
+Writes `table.txt` beside each comparison's records, and one table of all ablations.
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ from deploy.compare.spec import CompareSpec, load_spec
 from deploy.compare.statistics import correlation
 from deploy.compare.summary import summarise
 from deploy.compare.table import print_results
+from tests.learning import ablations
 
 EVIDENCE = Path(__file__).with_name("evidence")
 TABLE = "table.txt"
 
 
 def comparisons() -> list[Path]:
-    """Return the folders of the comparisons that were kept."""
+    """Return the folders of the comparisons that were kept, ablations apart."""
+    return [path for path in folders() if not path.name.startswith(ablations.PREFIX)]
+
+
+def folders() -> list[Path]:
+    """Return all folders with records."""
     return sorted(path.parent for path in EVIDENCE.glob("*/compare.yaml"))
 
 
@@ -93,3 +99,5 @@ if __name__ == "__main__":
     for found in comparisons():
         (found / TABLE).write_text(rendered(found))
         print(found / TABLE)
+    (EVIDENCE / ablations.TABLE).write_text(ablations.ablation_table(EVIDENCE))
+    print(EVIDENCE / ablations.TABLE)

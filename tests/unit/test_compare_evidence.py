@@ -8,7 +8,8 @@ import pytest
 
 from deploy.compare.record import read_records
 from deploy.compare.spec import load_spec
-from tests.learning.evidence_table import TABLE, comparisons, rendered
+from tests.learning import ablations
+from tests.learning.evidence_table import EVIDENCE, TABLE, comparisons, folders, rendered
 
 
 @pytest.mark.parametrize("folder", comparisons(), ids=lambda folder: folder.name)
@@ -16,7 +17,11 @@ def test_the_table_is_what_the_records_come_to(folder: Path) -> None:
     assert rendered(folder) == (folder / TABLE).read_text()
 
 
-@pytest.mark.parametrize("folder", comparisons(), ids=lambda folder: folder.name)
+def test_the_table_of_ablations_is_what_their_records_come_to() -> None:
+    assert ablations.ablation_table(EVIDENCE) == (EVIDENCE / ablations.TABLE).read_text()
+
+
+@pytest.mark.parametrize("folder", folders(), ids=lambda folder: folder.name)
 def test_the_trials_are_of_one_comparison(folder: Path) -> None:
     spec, records = load_spec(folder / "compare.yaml"), read_records(folder)
     assert records
