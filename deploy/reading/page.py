@@ -161,9 +161,8 @@ def _plots(curves: Curves) -> Iterator[str]:
     away = curves.realised - curves.shares
     largest = np.nanmax(np.where(np.isnan(away), 0, np.abs(away)), axis=1)
     known = np.where(curves.count > 0, largest, np.nan)
-    yield lines(
-        x, {"largest of all domains": known}, "Delivered less planned share", unit="", percent=True
-    )
+    title = "Delivered less planned share, largest of all domains"
+    yield lines(x, {"largest": known}, title, unit="", percent=True)
     step_s = curves.times["step_s"]
     waits = {
         "data wait": mean(curves.times["data_wait_s"], step_s),
@@ -171,7 +170,7 @@ def _plots(curves: Curves) -> Iterator[str]:
     }
     yield lines(x, waits, "Share of the slowest rank's time", unit="", percent=True)
     speed = {"tokens/s": mean(curves.tokens.sum(axis=1), step_s)}
-    yield lines(x, speed, "Tokens a second, by the slowest rank", unit="tokens/s")
+    yield lines(x, speed, "Tokens a second, by the slowest rank", unit="")
     decisions = {"decision": mean(curves.times["decision_ms"], curves.count)}
     yield lines(x, decisions, "Time that a decision took", unit="ms")
     trouble = {"degraded steps": curves.degraded, "missing reports": curves.missing}

@@ -141,14 +141,14 @@ def _figure(
     parts = [*_grid(axes, percent), *drawn]
     parts.append(f"<text x='{WIDTH - _RIGHT}' y='{HEIGHT - 4}' text-anchor='end'>step</text>")
     if not percent and unit:
-        parts.append(f"<text x='{_LEFT + 6}' y='{_TOP + 10}'>{printable(unit)}</text>")
+        title = f"{title} ({unit})"
     entries = [
         f"<li><i style='background:{colour(index)}'></i>{printable(name)}</li>"
         for index, name in enumerate(names)
     ]
-    return _wrapped(
-        title, parts, WIDTH, HEIGHT, legend=f"<ul class='legend'>{''.join(entries)}</ul>"
-    )
+    # A curve that is alone is what the title says.
+    legend = f"<ul class='legend'>{''.join(entries)}</ul>" if len(entries) > 1 else ""
+    return _wrapped(title, parts, WIDTH, HEIGHT, legend=legend)
 
 
 def _grid(axes: _Axes, percent: bool) -> Iterator[str]:

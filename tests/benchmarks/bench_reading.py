@@ -1,4 +1,4 @@
-"""What it takes to read a long ledger: export, the report's page, `read` of one step.
+"""What it takes to read a long ledger: export and the report's page.
 
 `make bench-reading`, or `ARGS='--steps 100000 --domains 200'` for the numbers in the docs. The
 ledger is made by the controller's own code from drawn numbers; each reader is a process of its own,
@@ -131,6 +131,7 @@ def main() -> None:
             "ledger_mb": round(ledger.stat().st_size / 2**20),
             "load": os.getloadavg()[0],
             "export": measure(["export", str(ledger), str(out)]),
+            "report": measure(["report", str(ledger), "--out", str(Path(temporary) / "page.html")]),
             "exported_mb": round(sum(each.stat().st_size for each in out.rglob("*")) / 2**20),
         }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)

@@ -96,8 +96,8 @@ def test_the_page_has_all_plots_and_the_numbers_of_the_ledger(ledger: Path) -> N
     assert {
         "The mixture that the plans gave",
         "The mixture that was delivered",
-        "Training loss of each domain",
-        "Delivered less planned share",
+        "Training loss of each domain (nats a token)",
+        "Delivered less planned share, largest of all domains",
         "How far the domains' gradients agree (cosines), first quarter",
         "How far the domains' gradients agree (cosines), last quarter",
     } <= set(plots)
@@ -197,7 +197,9 @@ def test_a_run_of_one_step_is_drawn(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     write_ledger(path, num_steps=1)
     add_run(path, DOMAINS)
-    assert "Training loss of each domain" in figures(write_report_page(path).read_text())
+    assert "Training loss of each domain (nats a token)" in figures(
+        write_report_page(path).read_text()
+    )
 
 
 def test_plots_without_numbers_are_left_out_and_gaps_stay_gaps() -> None:
