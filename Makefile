@@ -109,3 +109,14 @@ bench-decision: install
 .PHONY: bench-reading
 bench-reading: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_reading $(ARGS)
+
+# The trackers that `log_fn`s write to, in an environment of their own beside ours.
+.venv-trackers/.installed: tests/integration/trackers.txt
+	$(PYTHON) -m venv .venv-trackers
+	.venv-trackers/bin/python -m pip install --quiet --disable-pip-version-check -r tests/integration/trackers.txt
+	touch $@
+
+# The `log_fn`s for TensorBoard, W&B, Trackio and MLflow, on the real libraries, without a network.
+.PHONY: test-trackers
+test-trackers: install .venv-trackers/.installed
+	PYTHONPATH=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') .venv-trackers/bin/python -m pytest tests/integration/test_trackers.py $(ARGS)

@@ -46,6 +46,7 @@ from trainer_client.connecting import connect
 from trainer_client.documents import Documents
 from trainer_client.probe import GradientProbe
 from trainer_client.session import Session
+from trainer_client.step_log import LogFn
 
 __all__ = [
     "AccessRefused",
@@ -58,6 +59,7 @@ __all__ = [
     "GradientProbe",
     "HeadraceError",
     "JoinTimeout",
+    "LogFn",
     "NotAuthenticated",
     "NotReady",
     "Rejected",

@@ -14,6 +14,7 @@ from protos.security import Security
 from trainer_client.peers import Peers, places
 from trainer_client.ranks import resolve_rank
 from trainer_client.session import Session
+from trainer_client.step_log import LogFn
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,6 +36,7 @@ def connect(
     timeout_s: float = 60.0,
     delivery_log: Path | None = None,
     security: Security | None = None,
+    log_fn: LogFn | None = None,
 ) -> Session:
     """Join the run as a data-parallel rank; returns when all ranks are there.
 
@@ -57,6 +59,8 @@ def connect(
         security: the files by which to talk to controller and workers; by default those that
             HEADRACE_CA, HEADRACE_JOIN_TOKEN_FILE, HEADRACE_CERT, HEADRACE_KEY and
             HEADRACE_SERVER_NAME name.
+        log_fn: hears of each step's losses, shares and times on this rank, in the background; see
+            `trainer_client.integrations.logs` for TensorBoard, W&B, Trackio and MLflow.
 
     Raises:
         ControllerUnreachable: nobody answers at `address`.
@@ -96,6 +100,7 @@ def connect(
             delivery_log=delivery_log,
             peers=peers,
             data_ranks=data_ranks,
+            log_fn=log_fn,
         )
     except BaseException:
         control.close()

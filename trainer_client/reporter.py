@@ -151,8 +151,10 @@ class Reporter:
         capacity: int = CAPACITY,
         budget_s: float = 10.0,
         retry: Retry | None = None,
+        heard: Callable[[StepReport], None] | None = None,
     ) -> None:
         self._send = send
+        self._heard = heard
         self._capacity = capacity
         self._budget_s = budget_s
         self._retry = retry or Retry(max_wait_s=3.0)
@@ -300,6 +302,8 @@ class Reporter:
         report, left_out = pending.resolve(timeout_s=self._budget_s)
         if left_out:
             self._warn(report, f"sent without {' and '.join(left_out)}")
+        if self._heard is not None:
+            self._heard(report)
         return report
 
     def _put_back(self, group: list[PendingReport]) -> None:

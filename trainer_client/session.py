@@ -24,6 +24,7 @@ from trainer_client.peers import Peers
 from trainer_client.probe import GradientProbe
 from trainer_client.recorder import StepRecorder
 from trainer_client.reporter import PendingReport, Reporter
+from trainer_client.step_log import LogFn, step_log
 from trainer_client.taken import TakenStep, TakenSteps, most_sequences
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from trainer_client.feed import Feed
     from trainer_client.joining import Wanted
     from trainer_client.shared_feed import SharedFeed
-
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class Session(StepRecorder):
         delivery_log: Path | None,
         peers: Peers | None = None,
         data_ranks: list[int] | None = None,
+        log_fn: LogFn | None = None,
     ) -> None:
         self._control = control
         self._peers = peers
@@ -64,7 +65,7 @@ class Session(StepRecorder):
         self._pid = os.getpid()
         self._closed = False
         self._join(resume)
-        self._reporter = Reporter(self._send)
+        self._reporter = Reporter(self._send, heard=step_log(log_fn, self.spec.domains))
         self._step_began = time.perf_counter()
         atexit.register(self.close)
 
