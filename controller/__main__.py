@@ -21,6 +21,7 @@ from protos.errors import (
     UnknownDomain,
 )
 from protos.failpoints import arm
+from protos.log_format import FORMATS, configure_logging
 
 EXIT_CODES: dict[type[HeadraceError], int] = {
     ConfigError: 2,
@@ -45,12 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--metrics", metavar="HOST:PORT", help="serve figures for Prometheus there, at /metrics"
     )
+    parser.add_argument("--log-format", choices=FORMATS, help="default: HEADRACE_LOG_FORMAT, text")
     options = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO if options.verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
     try:
+        level = logging.INFO if options.verbose else logging.WARNING
+        configure_logging(options.log_format, level=level)
         config = with_metrics(load_run_file(options.run_file), options.metrics)
         asyncio.run(serve(config, standby=options.standby))
     except HeadraceError as error:

@@ -12,6 +12,7 @@ from controller.app import run_controller
 from controller.config import RunConfig
 from protos.client import AdminClient
 from protos.errors import ConfigError, NotReady
+from protos.log_format import configure_logging
 
 
 class ControllerHost:
@@ -22,6 +23,7 @@ class ControllerHost:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
+        configure_logging()
         self._address: Future[str] = Future()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None

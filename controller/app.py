@@ -36,6 +36,7 @@ from controller.threads import SingleThread
 from controller.workers import Workers
 from protos.dataset_index import DatasetIndex
 from protos.errors import AlreadyServing, ConfigError, IndexMismatch, TokenizerInvalid
+from protos.log_format import set_coordinates
 from protos.security import split_address
 from protos.server import check_guard, serving_controller
 from protos.spec import RunSpec
@@ -144,6 +145,7 @@ async def run_controller(
         DataError: the index or the tokenizer cannot be used.
         LedgerError: the ledger is damaged or cannot be written.
     """
+    set_coordinates(run=config.run)
     prepared = await asyncio.to_thread(prepare, config)
     if not standby:
         _check_port(config.address)

@@ -168,17 +168,26 @@ def controller(
             help="Wait while another controller has the ledger; take over once that is dead.",
         ),
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Log what happens, not warnings alone.")
+    ] = False,
+    log_format: Annotated[
+        str | None, typer.Option(help="text or json. Default: HEADRACE_LOG_FORMAT, text.")
+    ] = None,
 ) -> None:
     """Serve a run's controller in the foreground, outside Ray, until Ctrl-C or SIGTERM.
 
     Builds the dataset index first if there is none. Prints its address when it serves.
     """
     import asyncio
+    import logging
 
     from controller.__main__ import serve
     from controller.app import check_first
     from deploy.dataset import ensure_index
+    from protos.log_format import configure_logging
 
+    configure_logging(log_format, level=logging.INFO if verbose else logging.WARNING)
     config = with_metrics(load_run_file(run_file), metrics)
     check_first(config, standby=standby)
     ensure_index(config)

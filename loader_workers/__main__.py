@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ from loader_workers.source import WINDOW_BYTES
 from loader_workers.worker import DRAIN_S, WorkerSettings, run_worker
 from protos.errors import HeadraceError
 from protos.failpoints import arm
+from protos.log_format import FORMATS
 from protos.security import Security
 
 _EXIT_FAILED = 1
@@ -43,8 +43,8 @@ def main() -> int:
         "lanes (%(default)g); a second signal ends at once",
     )
     _add_security(parser)
+    parser.add_argument("--log-format", choices=FORMATS, help="default: HEADRACE_LOG_FORMAT, text")
     arguments = parser.parse_args()
-    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level="INFO")
     # One thread a shard: `--threads` alone says how many cores tokenizing may take.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stop, hurry = threading.Event(), threading.Event()

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import ray
 
 from loader_workers.worker import Worker, WorkerSettings, WorkerStats
+from protos.log_format import configure_logging
 
 
 class LoaderHost:
@@ -17,6 +18,7 @@ class LoaderHost:
     def __init__(self, settings: WorkerSettings) -> None:
         # One thread a shard: `settings.threads` alone says how many cores tokenizing may take.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        configure_logging()
         self._stop = threading.Event()
         self._worker = Worker(settings, stop=self._stop)
         self._stack = ExitStack()

@@ -26,6 +26,7 @@ from loader_workers.tokenize import make_tokenize
 from protos.client import ControlClient
 from protos.dataset_index import DatasetIndex
 from protos.errors import ConfigError, IndexMismatch, NotReady
+from protos.log_format import set_coordinates
 from protos.security import Security, split_address
 from protos.server import serving_data
 from protos.types import Generation, Quarantine, WorkerBeat
@@ -246,6 +247,7 @@ class Worker:
         )
         self._service.configure(source)
         self._cache = cache
+        set_coordinates(run=spec.run_id, worker=self._worker_id)
         logger.info("worker %s serves run %s at %s", self._worker_id, spec.run_id, self.endpoint)
 
     def beat(self) -> WorkerBeat:

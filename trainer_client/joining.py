@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from protos.client import ControlClient
 from protos.errors import ConfigError, ControllerUnreachable, Disagreement
+from protos.log_format import set_coordinates
 from protos.retry import Retry
 from protos.security import Security
 from protos.slots import lanes_of, rank_slots
@@ -140,4 +141,5 @@ def _membership(wanted: Wanted, answer: JoinAnswer) -> Membership:
                 f"endpoint or no cursor for lane {lane}: controller and trainer must be of one "
                 "version of Headrace"
             )
+    set_coordinates(run=member.spec.run_id, rank=member.rank)
     return member

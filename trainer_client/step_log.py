@@ -32,7 +32,7 @@ class LogFn(Protocol):
 def step_metrics(report: StepReport, domains: Sequence[str]) -> dict[str, float]:
     """Return a step's figures, as this rank saw it.
 
-    loss                mean over the rank's labels, nats a token; absent where it counted none
+    mean_loss           mean over the rank's labels, nats a token; absent where it counted none
     loss/DOMAIN         the same of a domain; absent where the rank's rows had none of it
     share/DOMAIN        part of the rank's sequences
     tokens              labels that counted in the loss
@@ -55,7 +55,7 @@ def step_metrics(report: StepReport, domains: Sequence[str]) -> dict[str, float]
         "degraded": float(report.degraded),
     }
     if total:
-        metrics["loss"] = sum(loss_sum) / total
+        metrics["mean_loss"] = sum(loss_sum) / total
     if report.step_s > 0:
         metrics["tokens_per_s"] = total / report.step_s
     for domain, count, nats, delivered in zip(domains, tokens, loss_sum, sequences, strict=True):

@@ -45,7 +45,7 @@ def test_figures_are_means_and_shares_of_the_rank() -> None:
         degraded=True,
     )
     assert step_metrics(report, DOMAINS) == {
-        "loss": 2.0,
+        "mean_loss": 2.0,
         "loss/web": 2.0,
         "share/web": 0.75,
         "share/code": 0.25,
@@ -69,7 +69,7 @@ def test_every_step_is_heard_once_with_the_numbers_from_the_device() -> None:
     assert log.steps == list(range(5))
     assert log.metrics[0]["loss/web"] == 0.5
     assert log.metrics[0]["loss/code"] == 0.625
-    assert log.metrics[0]["loss"] == pytest.approx(4.0 / 7.0)
+    assert log.metrics[0]["mean_loss"] == pytest.approx(4.0 / 7.0)
 
 
 def test_a_report_that_is_sent_in_several_tries_is_heard_once() -> None:
