@@ -23,6 +23,12 @@ class WorkersSection(Section):
     """With `max`: `headrace up` adds and takes away workers, by how long ranks wait for data."""
 
     max: Count | None = None
+    grow_after_s: Annotated[float, Field(gt=0)] = 15.0
+    """Within the bounds: how long ranks must have waited, for more than 5% of their time."""
+
+    shrink_after_s: Annotated[float, Field(gt=0)] = 120.0
+    """And how long they must have waited for less than 0.5% before a worker goes."""
+
     cache_dir: Path | None = None
     cache_bytes: Count = 10_000_000_000
     threads: Count = 1

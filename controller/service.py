@@ -314,6 +314,8 @@ class Service:
             tokens=totals.tokens,
             tokens_per_s=self._metrics.tokens_per_s,
             data_wait_share=self._metrics.data_wait_share,
+            data_wait_s=totals.data_wait_s,
+            step_s=totals.step_s,
             degraded_steps=max(totals.degraded_steps, self._workers.num_degraded),
             missing_reports=totals.missing_reports,
             held_decisions=totals.held_decisions,

@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 
 from controller.config import RunConfig
 from deploy.actors import START_TIMEOUT_S, WatchedActor
+from deploy.autoscale import Autoscaler, Sample
 from deploy.node_actors import AtNode
 from deploy.placing import ClusterMaker, Places, actors_of, controller_of, worker_numbers
 from deploy.pool import WorkerPool
@@ -97,6 +98,7 @@ class Keeper(AtNode):
         self._controller: WatchedActor | None = None
         self._pool: WorkerPool | None = None
         self._admin: AdminClient | None = None
+        self._scaler = _scaler(config)
         self._mended_s = 0.0
         self._has_said_size = False
         self._thread = threading.Thread(target=self._keep, name="headrace-keeper", daemon=True)
@@ -189,8 +191,23 @@ class Keeper(AtNode):
         if status is not None:
             if status.wanted_workers:
                 self._pool.scale(status.wanted_workers)
+            self._autoscale(status)
             self._set(is_finished=status.observed_step >= status.num_steps - 1)
         self._refresh()
+
+    def _autoscale(self, status: RunStatus) -> None:
+        """Wish for more or fewer workers, as an operator would."""
+        assert self._pool is not None, "it has been brought up"
+        if self._scaler is None or self._admin is None:
+            return
+        now = Sample(at_s=time.monotonic(), wait_s=status.data_wait_s, step_s=status.step_s)
+        wanted = self._scaler.decide(self._pool.size, now)
+        if wanted != self._pool.size:
+            why = (
+                "ranks wait for data" if wanted > self._pool.size else "ranks have long not waited"
+            )
+            self._say(f"{wanted} loader workers are wanted: {why}")
+            self._admin.scale(wanted, timeout_s=_STATUS_TIMEOUT_S)
 
     def _ask(self) -> RunStatus | None:
         """Return what the controller says; None: nothing, or not yet what counts."""
@@ -235,6 +252,19 @@ class Keeper(AtNode):
         with self._lock:
             self._lines.append(line)
             self._state = replace(self._state, num_lines=self._state.num_lines + 1)
+
+
+def _scaler(config: RunConfig) -> Autoscaler | None:
+    workers = config.workers
+    if workers.min is None or workers.max is None:
+        return None
+    return Autoscaler(
+        least=workers.min,
+        # A worker beyond the lanes would have none.
+        most=min(workers.max, config.batch.lanes),
+        grow_after_s=workers.grow_after_s,
+        shrink_after_s=workers.shrink_after_s,
+    )
 
 
 def _no_room(config: RunConfig, count: int) -> str:

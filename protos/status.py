@@ -78,6 +78,12 @@ class RunStatus:
     lanes_moved: int = 0
     """Lanes that went from one worker to another since the controller started."""
 
+    data_wait_s: float = 0.0
+    """How long ranks have waited for data, all ranks and steps together."""
+
+    step_s: float = 0.0
+    """How long their steps took, waits included, all ranks and steps together."""
+
     ledger_fault: str = ""
     """Why nothing is decided at present: the ledger cannot be written. Empty: it can."""
 

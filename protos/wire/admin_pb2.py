@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.wire import common_pb2 as protos_dot_wire_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/wire/admin.proto\x12\x0bheadrace.v1\x1a\x18protos/wire/common.proto\"\x0f\n\rStatusRequest\"\xb3\x01\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\r\n\x05\x61live\x18\x03 \x01(\x08\x12\r\n\x05lanes\x18\x04 \x03(\r\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07stall_s\x18\x06 \x01(\x01\x12\x18\n\x10sequences_served\x18\x07 \x01(\x04\x12\x0f\n\x07leaving\x18\x08 \x01(\x08\x12\x0f\n\x07managed\x18\t \x01(\x08\"J\n\x0cShadowStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x0e\n\x06shares\x18\x03 \x03(\x01\x12\r\n\x05\x66\x61ult\x18\x04 \x01(\t\"\xae\x05\n\x0eStatusResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x0f\n\x07\x64omains\x18\x04 \x03(\t\x12%\n\x07mixture\x18\x05 \x01(\x0b\x32\x14.headrace.v1.Mixture\x12\x14\n\x0cplan_version\x18\x06 \x01(\x04\x12\x15\n\robserved_step\x18\x07 \x01(\x12\x12\x16\n\x0esealed_through\x18\x08 \x01(\x12\x12\x11\n\tnum_steps\x18\t \x01(\x04\x12\x12\n\ngeneration\x18\n \x01(\x04\x12\x12\n\nworld_size\x18\x0b \x01(\r\x12\x0c\n\x04loss\x18\x0c \x03(\x01\x12\x0e\n\x06tokens\x18\r \x01(\x04\x12\x14\n\x0ctokens_per_s\x18\x0e \x01(\x01\x12\x17\n\x0f\x64\x61ta_wait_share\x18\x0f \x01(\x01\x12\x16\n\x0e\x64\x65graded_steps\x18\x10 \x01(\x04\x12\x17\n\x0fmissing_reports\x18\x11 \x01(\x04\x12,\n\x0bquarantines\x18\x12 \x03(\x0b\x32\x17.headrace.v1.Quarantine\x12*\n\x07workers\x18\x13 \x03(\x0b\x32\x19.headrace.v1.WorkerStatus\x12\x0e\n\x06\x66rozen\x18\x14 \x01(\x08\x12\x16\n\x0eheld_decisions\x18\x15 \x01(\x04\x12\x17\n\x0f\x64\x65\x63ision_ms_p50\x18\x16 \x01(\x01\x12\x17\n\x0f\x64\x65\x63ision_ms_p99\x18\x17 \x01(\x01\x12\x14\n\x0cpolicy_phase\x18\x18 \x01(\t\x12\x16\n\x0ewanted_workers\x18\x19 \x01(\r\x12\x13\n\x0blanes_moved\x18\x1a \x01(\x04\x12\x14\n\x0cledger_fault\x18\x1c \x01(\t\x12*\n\x07shadows\x18( \x03(\x0b\x32\x19.headrace.v1.ShadowStatus\"~\n\x11SetMixtureRequest\x12:\n\x06shares\x18\x01 \x03(\x0b\x32*.headrace.v1.SetMixtureRequest.SharesEntry\x1a-\n\x0bSharesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"(\n\x12SetMixtureResponse\x12\x12\n\nfirst_step\x18\x01 \x01(\x04\"\x0f\n\rFreezeRequest\"\x10\n\x0e\x46reezeResponse\"\x0f\n\rResumeRequest\"\x10\n\x0eResumeResponse\"\x17\n\x15SnapshotPolicyRequest\"&\n\x16SnapshotPolicyResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\x1f\n\x0cScaleRequest\x12\x0f\n\x07workers\x18\x01 \x01(\r\"\x0f\n\rScaleResponse2\xfa\x03\n\x05\x41\x64min\x12\x41\n\x06Status\x12\x1a.headrace.v1.StatusRequest\x1a\x1b.headrace.v1.StatusResponse\x12M\n\nSetMixture\x12\x1e.headrace.v1.SetMixtureRequest\x1a\x1f.headrace.v1.SetMixtureResponse\x12\x41\n\x06\x46reeze\x12\x1a.headrace.v1.FreezeRequest\x1a\x1b.headrace.v1.FreezeResponse\x12\x41\n\x06Resume\x12\x1a.headrace.v1.ResumeRequest\x1a\x1b.headrace.v1.ResumeResponse\x12Y\n\x0eSnapshotPolicy\x12\".headrace.v1.SnapshotPolicyRequest\x1a#.headrace.v1.SnapshotPolicyResponse\x12>\n\x05\x44rain\x12\x19.headrace.v1.DrainRequest\x1a\x1a.headrace.v1.DrainResponse\x12>\n\x05Scale\x12\x19.headrace.v1.ScaleRequest\x1a\x1a.headrace.v1.ScaleResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/wire/admin.proto\x12\x0bheadrace.v1\x1a\x18protos/wire/common.proto\"\x0f\n\rStatusRequest\"\xb3\x01\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\r\n\x05\x61live\x18\x03 \x01(\x08\x12\r\n\x05lanes\x18\x04 \x03(\r\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07stall_s\x18\x06 \x01(\x01\x12\x18\n\x10sequences_served\x18\x07 \x01(\x04\x12\x0f\n\x07leaving\x18\x08 \x01(\x08\x12\x0f\n\x07managed\x18\t \x01(\x08\"J\n\x0cShadowStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x0e\n\x06shares\x18\x03 \x03(\x01\x12\r\n\x05\x66\x61ult\x18\x04 \x01(\t\"\xd3\x05\n\x0eStatusResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x0f\n\x07\x64omains\x18\x04 \x03(\t\x12%\n\x07mixture\x18\x05 \x01(\x0b\x32\x14.headrace.v1.Mixture\x12\x14\n\x0cplan_version\x18\x06 \x01(\x04\x12\x15\n\robserved_step\x18\x07 \x01(\x12\x12\x16\n\x0esealed_through\x18\x08 \x01(\x12\x12\x11\n\tnum_steps\x18\t \x01(\x04\x12\x12\n\ngeneration\x18\n \x01(\x04\x12\x12\n\nworld_size\x18\x0b \x01(\r\x12\x0c\n\x04loss\x18\x0c \x03(\x01\x12\x0e\n\x06tokens\x18\r \x01(\x04\x12\x14\n\x0ctokens_per_s\x18\x0e \x01(\x01\x12\x17\n\x0f\x64\x61ta_wait_share\x18\x0f \x01(\x01\x12\x16\n\x0e\x64\x65graded_steps\x18\x10 \x01(\x04\x12\x17\n\x0fmissing_reports\x18\x11 \x01(\x04\x12,\n\x0bquarantines\x18\x12 \x03(\x0b\x32\x17.headrace.v1.Quarantine\x12*\n\x07workers\x18\x13 \x03(\x0b\x32\x19.headrace.v1.WorkerStatus\x12\x0e\n\x06\x66rozen\x18\x14 \x01(\x08\x12\x16\n\x0eheld_decisions\x18\x15 \x01(\x04\x12\x17\n\x0f\x64\x65\x63ision_ms_p50\x18\x16 \x01(\x01\x12\x17\n\x0f\x64\x65\x63ision_ms_p99\x18\x17 \x01(\x01\x12\x14\n\x0cpolicy_phase\x18\x18 \x01(\t\x12\x16\n\x0ewanted_workers\x18\x19 \x01(\r\x12\x13\n\x0blanes_moved\x18\x1a \x01(\x04\x12\x14\n\x0cledger_fault\x18\x1c \x01(\t\x12\x13\n\x0b\x64\x61ta_wait_s\x18  \x01(\x01\x12\x0e\n\x06step_s\x18! \x01(\x01\x12*\n\x07shadows\x18( \x03(\x0b\x32\x19.headrace.v1.ShadowStatus\"~\n\x11SetMixtureRequest\x12:\n\x06shares\x18\x01 \x03(\x0b\x32*.headrace.v1.SetMixtureRequest.SharesEntry\x1a-\n\x0bSharesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"(\n\x12SetMixtureResponse\x12\x12\n\nfirst_step\x18\x01 \x01(\x04\"\x0f\n\rFreezeRequest\"\x10\n\x0e\x46reezeResponse\"\x0f\n\rResumeRequest\"\x10\n\x0eResumeResponse\"\x17\n\x15SnapshotPolicyRequest\"&\n\x16SnapshotPolicyResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\x1f\n\x0cScaleRequest\x12\x0f\n\x07workers\x18\x01 \x01(\r\"\x0f\n\rScaleResponse2\xfa\x03\n\x05\x41\x64min\x12\x41\n\x06Status\x12\x1a.headrace.v1.StatusRequest\x1a\x1b.headrace.v1.StatusResponse\x12M\n\nSetMixture\x12\x1e.headrace.v1.SetMixtureRequest\x1a\x1f.headrace.v1.SetMixtureResponse\x12\x41\n\x06\x46reeze\x12\x1a.headrace.v1.FreezeRequest\x1a\x1b.headrace.v1.FreezeResponse\x12\x41\n\x06Resume\x12\x1a.headrace.v1.ResumeRequest\x1a\x1b.headrace.v1.ResumeResponse\x12Y\n\x0eSnapshotPolicy\x12\".headrace.v1.SnapshotPolicyRequest\x1a#.headrace.v1.SnapshotPolicyResponse\x12>\n\x05\x44rain\x12\x19.headrace.v1.DrainRequest\x1a\x1a.headrace.v1.DrainResponse\x12>\n\x05Scale\x12\x19.headrace.v1.ScaleRequest\x1a\x1a.headrace.v1.ScaleResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,33 +41,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SHADOWSTATUS']._serialized_start=265
   _globals['_SHADOWSTATUS']._serialized_end=339
   _globals['_STATUSRESPONSE']._serialized_start=342
-  _globals['_STATUSRESPONSE']._serialized_end=1028
-  _globals['_SETMIXTUREREQUEST']._serialized_start=1030
-  _globals['_SETMIXTUREREQUEST']._serialized_end=1156
-  _globals['_SETMIXTUREREQUEST_SHARESENTRY']._serialized_start=1111
-  _globals['_SETMIXTUREREQUEST_SHARESENTRY']._serialized_end=1156
-  _globals['_SETMIXTURERESPONSE']._serialized_start=1158
-  _globals['_SETMIXTURERESPONSE']._serialized_end=1198
-  _globals['_FREEZEREQUEST']._serialized_start=1200
-  _globals['_FREEZEREQUEST']._serialized_end=1215
-  _globals['_FREEZERESPONSE']._serialized_start=1217
-  _globals['_FREEZERESPONSE']._serialized_end=1233
-  _globals['_RESUMEREQUEST']._serialized_start=1235
-  _globals['_RESUMEREQUEST']._serialized_end=1250
-  _globals['_RESUMERESPONSE']._serialized_start=1252
-  _globals['_RESUMERESPONSE']._serialized_end=1268
-  _globals['_SNAPSHOTPOLICYREQUEST']._serialized_start=1270
-  _globals['_SNAPSHOTPOLICYREQUEST']._serialized_end=1293
-  _globals['_SNAPSHOTPOLICYRESPONSE']._serialized_start=1295
-  _globals['_SNAPSHOTPOLICYRESPONSE']._serialized_end=1333
-  _globals['_DRAINREQUEST']._serialized_start=1335
-  _globals['_DRAINREQUEST']._serialized_end=1349
-  _globals['_DRAINRESPONSE']._serialized_start=1351
-  _globals['_DRAINRESPONSE']._serialized_end=1366
-  _globals['_SCALEREQUEST']._serialized_start=1368
-  _globals['_SCALEREQUEST']._serialized_end=1399
-  _globals['_SCALERESPONSE']._serialized_start=1401
-  _globals['_SCALERESPONSE']._serialized_end=1416
-  _globals['_ADMIN']._serialized_start=1419
-  _globals['_ADMIN']._serialized_end=1925
+  _globals['_STATUSRESPONSE']._serialized_end=1065
+  _globals['_SETMIXTUREREQUEST']._serialized_start=1067
+  _globals['_SETMIXTUREREQUEST']._serialized_end=1193
+  _globals['_SETMIXTUREREQUEST_SHARESENTRY']._serialized_start=1148
+  _globals['_SETMIXTUREREQUEST_SHARESENTRY']._serialized_end=1193
+  _globals['_SETMIXTURERESPONSE']._serialized_start=1195
+  _globals['_SETMIXTURERESPONSE']._serialized_end=1235
+  _globals['_FREEZEREQUEST']._serialized_start=1237
+  _globals['_FREEZEREQUEST']._serialized_end=1252
+  _globals['_FREEZERESPONSE']._serialized_start=1254
+  _globals['_FREEZERESPONSE']._serialized_end=1270
+  _globals['_RESUMEREQUEST']._serialized_start=1272
+  _globals['_RESUMEREQUEST']._serialized_end=1287
+  _globals['_RESUMERESPONSE']._serialized_start=1289
+  _globals['_RESUMERESPONSE']._serialized_end=1305
+  _globals['_SNAPSHOTPOLICYREQUEST']._serialized_start=1307
+  _globals['_SNAPSHOTPOLICYREQUEST']._serialized_end=1330
+  _globals['_SNAPSHOTPOLICYRESPONSE']._serialized_start=1332
+  _globals['_SNAPSHOTPOLICYRESPONSE']._serialized_end=1370
+  _globals['_DRAINREQUEST']._serialized_start=1372
+  _globals['_DRAINREQUEST']._serialized_end=1386
+  _globals['_DRAINRESPONSE']._serialized_start=1388
+  _globals['_DRAINRESPONSE']._serialized_end=1403
+  _globals['_SCALEREQUEST']._serialized_start=1405
+  _globals['_SCALEREQUEST']._serialized_end=1436
+  _globals['_SCALERESPONSE']._serialized_start=1438
+  _globals['_SCALERESPONSE']._serialized_end=1453
+  _globals['_ADMIN']._serialized_start=1456
+  _globals['_ADMIN']._serialized_end=1962
 # @@protoc_insertion_point(module_scope)

@@ -140,6 +140,8 @@ class StatusResponse(_message.Message):
     WANTED_WORKERS_FIELD_NUMBER: _builtins.int
     LANES_MOVED_FIELD_NUMBER: _builtins.int
     LEDGER_FAULT_FIELD_NUMBER: _builtins.int
+    DATA_WAIT_S_FIELD_NUMBER: _builtins.int
+    STEP_S_FIELD_NUMBER: _builtins.int
     SHADOWS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     policy: _builtins.str
@@ -167,6 +169,10 @@ class StatusResponse(_message.Message):
     """from one worker to another, since the controller started"""
     ledger_fault: _builtins.str
     """why nothing is decided: the ledger cannot be written; empty: it can"""
+    data_wait_s: _builtins.float
+    """of all ranks in all steps"""
+    step_s: _builtins.float
+    """of all ranks in all steps, waits included"""
     @_builtins.property
     def domains(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -211,11 +217,13 @@ class StatusResponse(_message.Message):
         wanted_workers: _builtins.int = ...,
         lanes_moved: _builtins.int = ...,
         ledger_fault: _builtins.str = ...,
+        data_wait_s: _builtins.float = ...,
+        step_s: _builtins.float = ...,
         shadows: _abc.Iterable[Global___ShadowStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mixture", b"mixture"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_wait_share", b"data_wait_share", "decision_ms_p50", b"decision_ms_p50", "decision_ms_p99", b"decision_ms_p99", "degraded_steps", b"degraded_steps", "domains", b"domains", "frozen", b"frozen", "generation", b"generation", "held_decisions", b"held_decisions", "lanes_moved", b"lanes_moved", "ledger_fault", b"ledger_fault", "loss", b"loss", "missing_reports", b"missing_reports", "mixture", b"mixture", "num_steps", b"num_steps", "observed_step", b"observed_step", "phase", b"phase", "plan_version", b"plan_version", "policy", b"policy", "policy_phase", b"policy_phase", "quarantines", b"quarantines", "run_id", b"run_id", "sealed_through", b"sealed_through", "shadows", b"shadows", "tokens", b"tokens", "tokens_per_s", b"tokens_per_s", "wanted_workers", b"wanted_workers", "workers", b"workers", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_wait_s", b"data_wait_s", "data_wait_share", b"data_wait_share", "decision_ms_p50", b"decision_ms_p50", "decision_ms_p99", b"decision_ms_p99", "degraded_steps", b"degraded_steps", "domains", b"domains", "frozen", b"frozen", "generation", b"generation", "held_decisions", b"held_decisions", "lanes_moved", b"lanes_moved", "ledger_fault", b"ledger_fault", "loss", b"loss", "missing_reports", b"missing_reports", "mixture", b"mixture", "num_steps", b"num_steps", "observed_step", b"observed_step", "phase", b"phase", "plan_version", b"plan_version", "policy", b"policy", "policy_phase", b"policy_phase", "quarantines", b"quarantines", "run_id", b"run_id", "sealed_through", b"sealed_through", "shadows", b"shadows", "step_s", b"step_s", "tokens", b"tokens", "tokens_per_s", b"tokens_per_s", "wanted_workers", b"wanted_workers", "workers", b"workers", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -31,6 +32,50 @@ def _name(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
+
+
+@pytest.mark.long
+def test_workers_are_added_while_ranks_wait_and_given_back_when_they_do_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patterns = write_corpus(tmp_path / "data", documents=(600, 450, 300))
+    run_file = write_run(
+        tmp_path / "out",
+        patterns,
+        steps=100_000,
+        address=free_address(),
+        workers={"count": 1, "min": 1, "max": 3, "grow_after_s": 2.0, "shrink_after_s": 4.0},
+    )
+    with ray_cluster(free_address()) as cluster:
+        start_head(cluster)
+        up = cluster.command("up", str(run_file), "--detach", "--json")
+        assert up.returncode == 0, up.stderr
+        run = ConsumedRun(tmp_path / "out", json.loads(up.stdout)["address"], drain_s=5.0)
+        most, began = [1], time.monotonic()
+
+        def after_step(step: int) -> None:
+            assert time.monotonic() - began < 120, f"{run.status().wanted_workers} are wanted"
+            if most[0] == 3:
+                # A model that takes its time: nobody waits for data any more.
+                threading.Event().wait(0.3)
+            if step % 20 == 0 or most[0] == 3:
+                wanted = run.status().wanted_workers
+                most[0] = max(most[0], wanted)
+                if wanted < most[0] == 3:
+                    raise _Enough
+
+        with pytest.raises(_Enough):
+            run.consume(1, until=100_000, after_step=after_step)
+        kept = cluster.command("logs", "keeper", RUN)
+        assert "are wanted: ranks wait for data" in kept.stdout
+        assert "2 loader workers are wanted: ranks have long not waited" in kept.stdout
+        with capsys.disabled():
+            print("", kept.stdout, sep="\n")
+        assert cluster.command("down", RUN).returncode == 0
+
+
+class _Enough(Exception):
+    """All that was to be seen has been seen."""
 
 
 def test_a_run_is_brought_up_once_adopted_refused_if_it_differs_and_brought_down_twice(
