@@ -12,6 +12,7 @@ from pathlib import Path
 
 from controller.app import run_controller
 from controller.config import RunConfig, load_run_file, with_metrics
+from controller.tracing import tracing
 from protos.errors import (
     AlreadyServing,
     ConfigError,
@@ -66,7 +67,8 @@ async def serve(config: RunConfig, *, standby: bool = False) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await run_controller(config, on_ready=_say_ready, stop=stop, standby=standby)
+    with tracing(os.environ):
+        await run_controller(config, on_ready=_say_ready, stop=stop, standby=standby)
 
 
 def exit_code(error: HeadraceError) -> int:

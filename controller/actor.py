@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from concurrent.futures import Future
 
@@ -10,6 +11,7 @@ import ray
 
 from controller.app import run_controller
 from controller.config import RunConfig
+from controller.tracing import tracing
 from protos.client import AdminClient
 from protos.errors import ConfigError, NotReady
 from protos.log_format import configure_logging
@@ -99,7 +101,8 @@ class ControllerHost:
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        await run_controller(self._config, on_ready=self._address.set_result, stop=self._stop)
+        with tracing(os.environ):
+            await run_controller(self._config, on_ready=self._address.set_result, stop=self._stop)
 
 
 ControllerActor = ray.remote(ControllerHost)

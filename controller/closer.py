@@ -18,6 +18,7 @@ from controller.scribe import Scribe
 from controller.state import RunState
 from controller.step_row import StepRow
 from controller.threads import Signal
+from controller.tracing import span
 from protos.failpoints import DurableWrite, Failpoint
 from protos.types import Step
 
@@ -139,6 +140,10 @@ class StepCloser:
 
     async def _close(self, group: Aggregator) -> None:
         """Close the next step and the complete ones after it, and decide what follows from them."""
+        with span("decision", step=group.next_step, generation=group.generation):
+            await self._close_now(group)
+
+    async def _close_now(self, group: Aggregator) -> None:
         started = self._now()
         rows = [await self._take_step(group)]
         while self._may_take_more(group, rows[-1].step, len(rows), started):
@@ -147,7 +152,8 @@ class StepCloser:
         if not rows:
             return
         if not self._hands.policy.learns:
-            await propose_ahead(rows, self._state, self._hands)
+            with span("policy", step=rows[0].step, num_steps=len(rows)):
+                await propose_ahead(rows, self._state, self._hands)
         await self._until_written(lambda: self._decide(rows, started))
         for _ in rows:
             self._hands.metrics.decided(self._now() - started)
@@ -166,11 +172,12 @@ class StepCloser:
     async def _take_step(self, group: Aggregator) -> StepRow:
         """Close the next step; a policy that learns observes it."""
         state, hands = self._state, self._hands
-        step, reports = group.next_step, group.close()
-        planned = state.book.plan_at(step).mixture
-        observation = add_up(
-            reports, state.spec, step=step, planned=planned, world_size=group.world_size
-        )
+        with span("take", step=group.next_step):
+            step, reports = group.next_step, group.close()
+            planned = state.book.plan_at(step).mixture
+            observation = add_up(
+                reports, state.spec, step=step, planned=planned, world_size=group.world_size
+            )
         hands.metrics.step_closed(observation, reports)
         row = StepRow(group, observation, reports, lag=state.spec.lag)
         if step <= state.observed_through or self.is_drained:
@@ -180,7 +187,8 @@ class StepCloser:
         elif not reports:
             row.proposals = [(Step(step + state.spec.lag), _SILENCE)]
         else:
-            await ask(row, Step(step + state.spec.lag), hands, self._scribe.note)
+            with span("policy", step=step):
+                await ask(row, Step(step + state.spec.lag), hands, self._scribe.note)
         return row
 
     async def _decide(self, rows: Sequence[StepRow], started_s: float) -> None:
@@ -190,7 +198,8 @@ class StepCloser:
             draft = state.draft()
             for row in rows:
                 self._move_cursors(row)
-                reasons = choose_all(row.proposals, draft, state, hands, self.steering)
+                with span("guard", step=row.step):
+                    reasons = choose_all(row.proposals, draft, state, hands, self.steering)
                 row.decided = draft.in_force if row.proposals else None
                 draft.observe(row.step)
                 row.decision_ms = (self._now() - started_s) * 1000
@@ -198,7 +207,8 @@ class StepCloser:
                     hands.metrics, reasons, policy_phase=hands.policy.phase
                 )
             try:
-                await self._scribe.commit([*draft.entries, draft.seal_record()], _DECISION)
+                with span("commit", sealed_through=draft.sealed_through):
+                    await self._scribe.commit([*draft.entries, draft.seal_record()], _DECISION)
             except BaseException:
                 # It is decided again, perhaps otherwise: workers may have gone on meanwhile.
                 hands.metrics.totals.held_decisions = held_before

@@ -7,9 +7,36 @@ import threading
 from contextlib import ExitStack
 
 import ray
+from ray.util.metrics import Counter, Gauge
 
+from loader_workers.figures import FIGURES, TAGS, Telling
 from loader_workers.worker import Worker, WorkerSettings, WorkerStats
 from protos.log_format import configure_logging
+
+
+class RayRecorder:
+    """Ray's counters and gauges, which a cluster's metrics endpoints show."""
+
+    def __init__(self, tags: dict[str, str]) -> None:
+        self._counters: dict[str, Counter] = {}
+        self._gauges: dict[str, Gauge] = {}
+        for figure in FIGURES:
+            if figure.kind == "counter":
+                counter = Counter(figure.name, description=figure.what, tag_keys=TAGS)
+                counter.set_default_tags(tags)
+                self._counters[figure.name] = counter
+            else:
+                gauge = Gauge(figure.name, description=figure.what, tag_keys=TAGS)
+                gauge.set_default_tags(tags)
+                self._gauges[figure.name] = gauge
+
+    def add(self, name: str, value: float) -> None:
+        """Have a counter grow."""
+        self._counters[name].inc(value)
+
+    def set(self, name: str, value: float) -> None:
+        """Have a gauge stand at a value."""
+        self._gauges[name].set(value)
 
 
 class LoaderHost:
@@ -39,6 +66,8 @@ class LoaderHost:
                 self._worker.wait_ready(timeout_s=timeout_s)
                 self._stack = stack.pop_all()
             self._is_serving = True
+            tags = {"run": self._worker.run_id, "worker": self._worker.worker_id}
+            Telling(self._worker.stats, RayRecorder(tags), stop=self._stop).start()
         return self._worker.endpoint
 
     def stats(self) -> WorkerStats:

@@ -117,7 +117,10 @@ class Worker:
     def __init__(self, settings: WorkerSettings, *, stop: threading.Event) -> None:
         self._settings = settings
         self._stop = stop
-        self._worker_id = settings.worker_id or f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+        self.worker_id = settings.worker_id or f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+        self.run_id = settings.run_id
+        """Of the run that it serves, once it is ready."""
+
         self._service = LoaderService()
         self._stack = ExitStack()
         self._opened = ExitStack()
@@ -144,7 +147,7 @@ class Worker:
             stack.callback(self._service.stop)
             self._session = ControllerSession(
                 client,
-                worker_id=self._worker_id,
+                worker_id=self.worker_id,
                 beat=self.beat,
                 on_inputs=self._configure,
                 on_plans=self._service.hear,
@@ -247,14 +250,15 @@ class Worker:
         )
         self._service.configure(source)
         self._cache = cache
-        set_coordinates(run=spec.run_id, worker=self._worker_id)
-        logger.info("worker %s serves run %s at %s", self._worker_id, spec.run_id, self.endpoint)
+        self.run_id = spec.run_id
+        set_coordinates(run=spec.run_id, worker=self.worker_id)
+        logger.info("worker %s serves run %s at %s", self.worker_id, spec.run_id, self.endpoint)
 
     def beat(self) -> WorkerBeat:
         """Return what the worker says of itself now."""
         figures = self._service.figures()
         return WorkerBeat(
-            worker_id=self._worker_id,
+            worker_id=self.worker_id,
             endpoint=self.endpoint,
             run_id=self._settings.run_id,
             pid=os.getpid(),

@@ -30,6 +30,8 @@ from controller.config import parse_run, with_metrics
 from controller.metrics import Histogram, Metrics, Totals
 from controller.metrics_server import MOST_CALLS, serving_metrics
 from controller.scrape import METRICS, MOST_WORKERS, families
+from loader_workers.figures import FIGURES, Telling
+from loader_workers.worker import WorkerStats
 from protos.errors import AlreadyServing, ConfigError
 from protos.security import Security
 from protos.status import RunStatus
@@ -170,6 +172,58 @@ def test_the_documented_table_is_the_registry() -> None:
         ]
         for metric in METRICS
     ]
+
+
+def test_the_documented_figures_for_ray_are_those_that_workers_tell() -> None:
+    text = (ROOT / "deploy" / "docs" / "metrics.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| `ray_headrace_")
+    ]
+    assert rows == [
+        [f"`ray_{figure.name}`", figure.kind, figure.unit, figure.what] for figure in FIGURES
+    ]
+
+
+class Recorded:
+    """What Ray's counters and gauges would hold."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def add(self, name: str, value: float) -> None:
+        assert value > 0
+        self.values[name] = self.values.get(name, 0.0) + value
+
+    def set(self, name: str, value: float) -> None:
+        self.values[name] = value
+
+
+def test_a_workers_counters_grow_by_what_is_new_and_its_gauges_stand() -> None:
+    stats = WorkerStats(
+        endpoint="127.0.0.1:1",
+        is_ready=True,
+        open_streams=2,
+        sequences_served=10,
+        stall_s=1.5,
+        degraded_steps=0,
+        cache_bytes=100,
+        num_quarantined=1,
+        error="",
+        has_left=False,
+    )
+    now, recorded = [stats], Recorded()
+    telling = Telling(lambda: now[0], recorded, stop=threading.Event())
+    telling.tell()
+    now[0] = replace(stats, sequences_served=25, cache_bytes=40, open_streams=0)
+    told = telling.tell()
+    assert recorded.values == {
+        name: value for name, value in told.items() if value or name in ("headrace_loader_streams",)
+    }
+    assert recorded.values["headrace_loader_sequences_total"] == 25
+    assert recorded.values["headrace_loader_cache_bytes"] == 40
+    assert recorded.values["headrace_loader_stall_seconds_total"] == 1.5
 
 
 def test_every_expression_of_the_dashboard_names_exported_metrics() -> None:
