@@ -101,12 +101,16 @@ class RayCluster:
         return node
 
     def command(
-        self, *arguments: str, prefix: Sequence[str] = (), timeout_s: float = 120
+        self,
+        *arguments: str,
+        prefix: Sequence[str] = (),
+        timeout_s: float = 120,
+        folder: Path = ROOT,
     ) -> subprocess.CompletedProcess[str]:
         """Run `headrace` with these arguments, let into the cluster."""
         return subprocess.run(
             [*prefix, sys.executable, "-m", "deploy.cli", *arguments],
-            cwd=ROOT,
+            cwd=folder,
             env={**self.environment, "RAY_ADDRESS": self.address},
             capture_output=True,
             text=True,

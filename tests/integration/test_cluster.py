@@ -11,8 +11,10 @@ import psutil
 import pytest
 import yaml
 
+from protos.client import healthy
 from tests.fakes_consumer import ConsumedRun, write_corpus, write_run
 from tests.faults.processes import free_address
+from tests.harness_runs import ROOT, wait_until
 from tests.ray_clusters import RayCluster, ray_cluster, start_head
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -72,6 +74,64 @@ def test_workers_are_added_while_ranks_wait_and_given_back_when_they_do_not(
         with capsys.disabled():
             print("", kept.stdout, sep="\n")
         assert cluster.command("down", RUN).returncode == 0
+
+
+def _commands_of_the_guide() -> list[list[str]]:
+    guide = (ROOT / "deploy/docs/ray-cluster.md").read_text()
+    block = guide.partition("## The commands")[2].partition("```bash\n")[2].partition("```")[0]
+    return [line.split()[1:] for line in block.splitlines()]
+
+
+@pytest.mark.long
+def test_the_guides_commands_and_actors_that_are_killed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_run(out, write_corpus(tmp_path / "data"), address=free_address())
+    said = []
+    with ray_cluster(free_address()) as cluster:
+        start_head(cluster)
+        for command in _commands_of_the_guide():
+            done = cluster.command(*command, folder=out)
+            assert done.returncode == 0, (command, done.stderr)
+            said.append(done.stdout)
+            if command[0] == "scale":
+                _kill_keeper_and_controller(cluster, out)
+    assert len(said) == 8
+    assert "is up: controller at" in said[0]
+    assert "is up already: controller at" in said[1]
+    assert "loader workers 2 -> 3" in said[3]
+    assert "serves run" in said[4]
+    assert "3 loader workers have ended" in said[6], "a new keeper took up what was there"
+    assert said[7] == f"run {RUN!r} was not up\n"
+
+
+def _kill_keeper_and_controller(cluster: RayCluster, out: Path) -> None:
+    before = _pids(cluster)
+    for role in ("Keeper", "NodeController"):
+        psutil.Process(before[role]).kill()
+    wait_until(
+        lambda: (
+            {"Keeper", "NodeController"} <= _pids(cluster).keys()
+            and not {*_pids(cluster).values()} & {before["Keeper"], before["NodeController"]}
+        ),
+        timeout_s=90,
+        what="a new keeper and a new controller",
+    )
+    address = (out / "controller.address").read_text().strip()
+    wait_until(lambda: healthy(address, timeout_s=1), timeout_s=90, what="the controller to serve")
+    wait_until(
+        lambda: sum(w.alive for w in ConsumedRun(out, address, drain_s=5.0).status().workers) == 3,
+        timeout_s=60,
+        what="all workers at the new controller",
+    )
+
+
+def _pids(cluster: RayCluster) -> dict[str, int]:
+    found = {}
+    for process in cluster.nodes["head"].processes():
+        for role in ("Keeper", "NodeController"):
+            if f"ray::{role}" in _name(process):
+                found[role] = process.pid
+    return found
 
 
 class _Enough(Exception):
