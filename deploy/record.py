@@ -32,6 +32,9 @@ class RunRecord:
     settings: Mapping[str, Any]
     """The run file, as the newest controller read it."""
 
+    order_sha256: str
+    """Of all that the order of the data hangs on; empty: the ledger names no run."""
+
     plans: tuple[Plan, ...]
     steps: Mapping[int, StepRecord]
     bodies: Mapping[int, Mapping[str, Any]]
@@ -86,6 +89,7 @@ def read_record(path: Path) -> RunRecord:
     return RunRecord(
         num_rows=num_rows,
         settings=settings_of(runs[-1].body) if runs else {},
+        order_sha256=str(runs[-1].body["order_sha256"]) if runs else "",
         plans=tuple(sorted((plan_of(row) for row in _of(rows, Kind.PLAN)), key=_by_step)),
         steps={step: step_record_of(row) for step, row in steps.items()},
         bodies={step: row.body for step, row in steps.items()},

@@ -23,6 +23,7 @@ from deploy.record import LEDGER, RunRecord, read_record
 from deploy.runfile import RUN_FILE
 from deploy.training import RECEIVED
 from deploy.whole_file import write_whole
+from protos.errors import IndexMismatch
 from protos.status import RunStatus
 
 REPORT = "report.json"
@@ -65,6 +66,11 @@ def examine(out: Path) -> Findings:
         config = parse_run(record.settings, source=str(ledger))
     dataset = open_dataset(config)
     spec = dataset.spec
+    if record.order_sha256 and not spec.has_order(record.order_sha256):
+        raise IndexMismatch(
+            f"the data of {out} is not what its ledger was written for: seed, domains, batch, "
+            f"tokenizer or the index {config.data.index} differ; bring back those of the run"
+        )
     history = trained_history(
         read_deliveries(out / RECEIVED, spec.domains), global_sequences=spec.global_sequences
     )
