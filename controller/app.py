@@ -290,6 +290,8 @@ def _assemble(
 ) -> tuple[ControlLoop, Service]:
     now = time.monotonic
     workers = Workers(prepared.spec, expiry_s=config.control.worker_timeout_s, now=now)
+    workers.epoch = ledger.epoch
+    workers.expect(history.workers)
     workers.quarantine(history.quarantines)
     workers.wanted = history.wanted_workers
     metrics = Metrics(prepared.spec.num_domains, history.totals, now=now)

@@ -84,6 +84,9 @@ class History:
     steering: Steering
     totals: Totals
     quarantines: tuple[Quarantine, ...] = ()
+    workers: frozenset[str] = frozenset()
+    """Those that were enlisted last."""
+
     wanted_workers: int = 0
     """How many loader workers were wanted last; 0: nobody has said."""
 
@@ -153,12 +156,23 @@ def read_history(ledger: Ledger, spec: RunSpec) -> History:
         steering=steering,
         totals=Totals.from_json(step.body["totals"]) if step is not None else Totals(),
         quarantines=tuple(quarantine_of(row) for row in ledger.rows(Kind.QUARANTINE)),
+        workers=_enlisted(ledger),
         wanted_workers=wanted.body["wanted"] if wanted is not None else 0,
         snapshots=[
             (Step(row.step), Path(row.body["path"]))
             for row in ledger.rows(Kind.SNAPSHOT, newest_first=True)
         ],
     )
+
+
+def _enlisted(ledger: Ledger) -> frozenset[str]:
+    there: set[str] = set()
+    for row in ledger.rows(Kind.EVENT):
+        if row.body["event"] == "worker enlisted":
+            there.add(row.body["worker"])
+        elif row.body["event"] in ("worker lost", "worker left"):
+            there.discard(row.body["worker"])
+    return frozenset(there)
 
 
 def floor_of(cursors: LaneCursors, sealed_through: int) -> Step:

@@ -71,6 +71,16 @@ class Workers:
         self.wanted = 0
         """How many an operator wants; 0: nobody has said."""
 
+        self.epoch = 0
+        """The controller's number; 0: it has none."""
+
+        self._expected: set[str] = set()
+        """Workers that another controller had and this one has not heard."""
+
+        self._expected_until_s = 0.0
+        self._may_be_old = False
+        """Whether a beat that names the controller may be from before it told the plans anew."""
+
         self._table = LaneTable(spec.lanes, now=now)
         self._events: list[Entry] = []
         self._workers: dict[str, _Worker] = {}
@@ -98,6 +108,7 @@ class Workers:
                     f"worker {beat.worker_id[:100]!r} says {name} = {getattr(beat, name)}, the run "
                     f"has {self._spec.num_steps} steps"
                 )
+        self._expected.discard(beat.worker_id)
         known = self._workers.get(beat.worker_id)
         if beat.worker_id in self._beats_since_plans:
             self._beats_since_plans[beat.worker_id] += 1
@@ -124,9 +135,15 @@ class Workers:
         """Note that a worker has been told the plans, over a new stream."""
         self._beats_since_plans[worker_id] = 0
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Give workers that were there before a while to come back: they may have gone on alone."""
+        self._expected = set(names)
+        self._expected_until_s = self._now() + self._absence_s
+
     def forget_told(self) -> None:
         """Have all workers count as not told: they are told all plans anew."""
         self._beats_since_plans.clear()
+        self._may_be_old = True
 
     def tells_no_more(self, worker_id: str) -> None:
         """Note that the stream of plans to a worker has ended."""
@@ -256,12 +273,19 @@ class Workers:
     def are_settled(self) -> bool:
         """Say whether all lanes have workers that have heard the plans, and said where they are.
 
-        A worker that has just been told the plans goes on with its own no more; but only the second
+        A worker that has just been told the plans goes on with its own no more. A beat says whose
+        plans its worker has; where it does not, or may be older than what was told, only the second
         beat after that was surely sent with the plans at hand.
         """
+        if self._expected and self._now() < self._expected_until_s:
+            return False
         return self._table.is_complete and all(
-            self._beats_since_plans.get(name, 0) >= 2 for name, _ in self._alive()
+            self._has_heard(name, worker) for name, worker in self._alive()
         )
+
+    def _has_heard(self, name: str, worker: _Worker) -> bool:
+        told = 0 < self.epoch == worker.beat.heard_epoch and not self._may_be_old
+        return told or self._beats_since_plans.get(name, 0) >= 2
 
     @property
     def num_degraded(self) -> int:

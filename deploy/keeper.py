@@ -80,6 +80,8 @@ class Keeper(AtNode):
 
     def __init__(self, config: RunConfig, made_by: str) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+        # Ray warns of groups that go before their actors; here they go after them.
+        logging.getLogger("ray.actor").setLevel(logging.ERROR)
         self._config = config
         self._made_by = made_by
         self._lock = threading.Lock()

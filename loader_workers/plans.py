@@ -15,7 +15,7 @@ from protos.errors import NotReady, StaleGeneration
 from protos.planbook import PlanBook
 from protos.slots import lane_counts
 from protos.spec import RunSpec
-from protos.types import Generation, Lane, PlanEvent, Step
+from protos.types import Generation, Lane, Plan, PlanEvent, Step
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,11 @@ class PlanBoard:
         """The last step of this generation that a stream was given a turn for."""
 
     @property
+    def epoch(self) -> int:
+        """The number of the controller whose plans are held; 0: it has none."""
+        return self._epoch
+
+    @property
     def sealed_through(self) -> int:
         """The last step whose plan is final; -1: none."""
         return self._book.sealed_through
@@ -85,32 +90,52 @@ class PlanBoard:
             InvalidMessage: the plans do not lead to one another.
         """
         with self.changed:
-            if event.epoch < self._epoch:
+            if 0 < event.epoch < self._epoch:
                 logger.warning(
                     "ignored plans of controller %d, which %d has replaced",
                     event.epoch,
                     self._epoch,
                 )
                 return
-            self._epoch = event.epoch
+            self._epoch = max(self._epoch, event.epoch)
             self._heard_at = self._now()
             if event.generation < self.generation:
                 logger.warning(
                     "ignored plans of generation %d, after %d", event.generation, self.generation
                 )
                 return
+            plans = event.plans
             if event.reset:
-                self._book = PlanBook(global_sequences=self._spec.global_sequences)
+                self._book, plans = self._begin_book(event)
                 if event.generation > self.generation:
                     self.composed_through = -1
                 self.generation = event.generation
             elif event.generation != self.generation:
                 # Without the plans from its start a generation cannot be composed.
                 return
-            for plan in event.plans:
+            for plan in plans:
                 self._book.add(plan)
             self._book.sealed_through = max(self._book.sealed_through, event.sealed_through)
             self.changed.notify_all()
+
+    def _begin_book(self, event: PlanEvent) -> tuple[PlanBook, tuple[Plan, ...]]:
+        """Return the book of a reset, and the plans that are still to be added to it.
+
+        A controller that was started anew tells the plans from where the hindmost lane stands. What
+        came before is kept: a stream for steps ahead was given its places when it was opened.
+        """
+        book = PlanBook(global_sequences=self._spec.global_sequences)
+        if event.generation != self.generation or not event.plans:
+            return book, event.plans
+        first = event.plans[0]
+        for plan in self._book.plans:
+            if plan.first_step < first.first_step:
+                book.add(plan)
+        if not book.plans or book.carry(first.first_step).tolist() != list(first.carry_q32):
+            return PlanBook(global_sequences=self._spec.global_sequences), event.plans
+        # The plan in force there is told as if it began there.
+        goes_on = book.newest.version == first.version
+        return book, event.plans[1:] if goes_on else event.plans
 
     def wait_generation(self, generation: Generation) -> None:
         """Wait until the newest generation is `generation`.

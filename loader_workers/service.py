@@ -33,6 +33,7 @@ class Figures:
     stall_s: float = 0.0
     sequences_served: int = 0
     open_streams: int = 0
+    heard_epoch: int = 0
 
 
 class _Listener:
@@ -120,6 +121,7 @@ class LoaderService:
                 stall_s=self._stall_s,
                 sequences_served=self._sequences_served,
                 open_streams=len(listeners),
+                heard_epoch=board.epoch,
             )
 
     def stop(self) -> None:

@@ -125,6 +125,9 @@ class ControllerSession:
         self._lock = threading.Lock()
         self._streams: set[Stream[Any]] = set()
         self._stopping = threading.Event()
+        self._is_back = threading.Event()
+        """Set when the controller answers: whoever waits to try again need not wait longer."""
+
         self._blobs = BlobCollector()
         self._spec: RunSpec | None = None
         self.ready = threading.Event()
@@ -165,6 +168,7 @@ class ControllerSession:
     def close(self) -> None:
         """End both streams and their threads; idempotent."""
         self._stopping.set()
+        self._is_back.set()
         self._beat_soon.set()
         self.ready.set()
         with self._lock:
@@ -199,11 +203,13 @@ class ControllerSession:
             # Said once for each time that the controller goes away, not at every try.
             level = logging.INFO if num_tries == 1 else logging.DEBUG
             logger.log(level, "%s broke worker=%s: %s", name, self._worker_id, reason)
-            self._stopping.wait(RETRY.wait_s(num_tries))
+            self._is_back.wait(RETRY.wait_s(num_tries))
+            self._is_back.clear()
 
     def _end(self, error: HeadraceError) -> None:
         self.error = error
         self._stopping.set()
+        self._is_back.set()
         self.ready.set()
         self._on_end()
 
@@ -213,6 +219,8 @@ class ControllerSession:
         self._on_connect()
         try:
             for event in self._events(self._client.enlist(self._beats(over))):
+                if not heard:
+                    self._is_back.set()
                 heard = self.is_connected = True
                 self._take(event)
         except Retryable:
@@ -233,6 +241,9 @@ class ControllerSession:
             for event in self._events(self._client.watch_plans(self._worker_id)):
                 self._on_plans(event)
                 heard = True
+                if event.reset:
+                    # A controller that was started anew waits to hear that, and how far this is.
+                    self._beat_soon.set()
         except InvalidMessage as error:
             # Plans that do not follow from those held: a new stream brings all of them again.
             raise NotReady(f"plans were refused, asking for all of them again: {error}") from error

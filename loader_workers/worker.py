@@ -273,6 +273,7 @@ class Worker:
             leaving=self._is_leaving,
             managed=self._settings.managed,
             starting=self._cache is None,
+            heard_epoch=figures.heard_epoch,
         )
 
     def _new_quarantines(self) -> tuple[Quarantine, ...]:

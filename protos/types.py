@@ -310,6 +310,10 @@ class WorkerBeat:
     starting: bool = False
     """It cannot serve yet: it shall be given no lanes."""
 
+    heard_epoch: int = 0
+    """The number of the controller whose plans it had before it looked at `composed_through`; 0:
+    none, or it does not say."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlobChunk:

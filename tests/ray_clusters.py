@@ -152,9 +152,11 @@ def ray_cluster(address: str, **environment: str) -> Iterator[RayCluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def start_head(cluster: RayCluster, *options: str, prefix: Sequence[str] = ()) -> RayNode:
+def start_head(
+    cluster: RayCluster, *options: str, prefix: Sequence[str] = (), num_cpus: int = 4
+) -> RayNode:
     """Start the cluster's head where its address says."""
     port = cluster.address.rpartition(":")[2]
     where = ["--head", "--port", port, "--include-dashboard", "false"]
     where += ["--temp-dir", str(cluster.folder / "r"), *options]
-    return cluster.start("head", *where, prefix=prefix)
+    return cluster.start("head", *where, prefix=prefix, num_cpus=num_cpus)

@@ -157,7 +157,7 @@ class Reporter:
         self._heard = heard
         self._capacity = capacity
         self._budget_s = budget_s
-        self._retry = retry or Retry(max_wait_s=3.0)
+        self._retry = retry or Retry(max_wait_s=1.0)
         self._changed = threading.Condition()
         self._queue: deque[PendingReport] = deque()
         self._busy = False

@@ -420,6 +420,7 @@ class EnlistRequest(_message.Message):
     LEAVING_FIELD_NUMBER: _builtins.int
     MANAGED_FIELD_NUMBER: _builtins.int
     STARTING_FIELD_NUMBER: _builtins.int
+    HEARD_EPOCH_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     worker_id: _builtins.str
     endpoint: _builtins.str
@@ -440,6 +441,8 @@ class EnlistRequest(_message.Message):
     """started and ended by whoever obeys Admin.Scale"""
     starting: _builtins.bool
     """it cannot serve yet: give it no lanes"""
+    heard_epoch: _builtins.int
+    """of the controller whose plans it has; 0: it does not say"""
     @_builtins.property
     def quarantines(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Quarantine]: ...
     def __init__(
@@ -461,10 +464,11 @@ class EnlistRequest(_message.Message):
         leaving: _builtins.bool = ...,
         managed: _builtins.bool = ...,
         starting: _builtins.bool = ...,
+        heard_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "capacity_lanes", b"capacity_lanes", "composed_through", b"composed_through", "degraded_steps", b"degraded_steps", "endpoint", b"endpoint", "generation", b"generation", "leaving", b"leaving", "managed", b"managed", "needed_step", b"needed_step", "pid", b"pid", "quarantines", b"quarantines", "run_id", b"run_id", "sequences_served", b"sequences_served", "stall_s", b"stall_s", "starting", b"starting", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "capacity_lanes", b"capacity_lanes", "composed_through", b"composed_through", "degraded_steps", b"degraded_steps", "endpoint", b"endpoint", "generation", b"generation", "heard_epoch", b"heard_epoch", "leaving", b"leaving", "managed", b"managed", "needed_step", b"needed_step", "pid", b"pid", "quarantines", b"quarantines", "run_id", b"run_id", "sequences_served", b"sequences_served", "stall_s", b"stall_s", "starting", b"starting", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

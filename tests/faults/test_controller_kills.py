@@ -39,9 +39,9 @@ from tests.faults.processes import FaultRun, fault_run, write_fault_run
 pytestmark = pytest.mark.slow
 
 STEP_S = 0.1
-LAG = 80
-"""Steps decided ahead: 8 seconds' worth, as two steps of 4 s are. Longer than a controller is away,
-so that no step needs one that is dead."""
+LAG = 150
+"""Steps decided ahead: 15 seconds' worth, as two steps of 7.5 s are. Longer than a controller is
+away, killed twice in a row, so that no step needs one that is dead."""
 
 DECIDING_S = 5.0
 LONGEST_WAIT_S = 1.0

@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,16 +139,23 @@ def test_a_killed_controller_comes_back_with_the_plans_that_it_announced(tmp_pat
             worker.hear_through(10)
 
 
-def test_a_second_controller_is_told_who_holds_the_ledger(tmp_path: Path) -> None:
+@pytest.mark.fault_row(4, "two controllers started on one ledger")
+def test_a_second_controller_is_told_who_holds_the_ledger(
+    tmp_path: Path, record_injections: Callable[..., None]
+) -> None:
     run_file = _write_run(tmp_path)
     with _controller(run_file) as (process, _):
         code, said = _outcome(run_file)
         assert code == 3
         assert f"held by process {process.pid}" in said
         assert len(said.splitlines()) == 1
+        record_injections(1)
 
 
-def test_a_second_controller_on_a_port_writes_nothing(tmp_path: Path) -> None:
+@pytest.mark.fault_row(4, "two controllers started on one port")
+def test_a_second_controller_on_a_port_writes_nothing(
+    tmp_path: Path, record_injections: Callable[..., None]
+) -> None:
     with _controller(_write_run(tmp_path)) as (_, address):
         other = tmp_path / "other"
         code, said = _outcome(_write_run(other, address=address))
@@ -156,6 +163,7 @@ def test_a_second_controller_on_a_port_writes_nothing(tmp_path: Path) -> None:
         assert address in said
         assert len(said.splitlines()) == 1
         assert not (other / "out").exists()
+        record_injections(1)
 
 
 def test_what_keeps_a_controller_from_starting_is_one_sentence_and_a_code(tmp_path: Path) -> None:

@@ -39,7 +39,10 @@ def _newest(run: ConsumedRun) -> Global:
     return global_batches([one for one in deliveries if one.generation == newest])
 
 
-def test_a_checkpoint_of_4_ranks_goes_on_at_1_2_3_and_8_with_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.fault_row(13, "another world size, with a constant global batch")
+def test_a_checkpoint_of_4_ranks_goes_on_at_1_2_3_and_8_with_the_same_bytes(
+    tmp_path: Path, record_injections: Callable[..., None]
+) -> None:
     run_file = write_run(tmp_path / "out", write_corpus(tmp_path / "data"), steps=NUM_STEPS)
     with consumed_run(run_file, num_workers=2) as run:
         states = run.consume(4, until=NUM_STEPS, keep=CHECKPOINTS)
@@ -58,4 +61,5 @@ def test_a_checkpoint_of_4_ranks_goes_on_at_1_2_3_and_8_with_the_same_bytes(tmp_
     findings = examine(tmp_path / "out")
     assert findings.clean
     assert findings.record.num_generations == 13
+    record_injections(12, "4 ranks to 1, 2, 3 and 8, from three kinds of checkpoint")
     assert len(findings.record.plans) == 4

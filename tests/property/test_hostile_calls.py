@@ -204,8 +204,9 @@ WRONG_REPORTS: dict[str, tuple[type[Rejected], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.fault_row(29, "reports that cannot be right")
 def test_wrong_numbers_are_refused_with_the_right_status_and_change_nothing(
-    tmp_path: Path,
+    tmp_path: Path, record_injections: Callable[..., None]
 ) -> None:
     with served(tmp_path, policy=ACODM) as run:
         run.do(run.bench.join_all(1))
@@ -232,6 +233,7 @@ def test_wrong_numbers_are_refused_with_the_right_status_and_change_nothing(
                 admin.set_mixture(shares)
             assert run.digest() == before, name
         assert control.report(good).counted
+        record_injections(len(WRONG_REPORTS), "state hashed before and after each")
         control.close()
         admin.close()
 
@@ -277,9 +279,10 @@ async def _mixtures(
         )
 
 
+@pytest.mark.fault_row(30, "poisoned but finite statistics of 1 of 8 ranks")
 @pytest.mark.parametrize("policy", [ODM, ACODM], ids=lambda policy: policy["name"])
 def test_one_poisoned_rank_of_eight_moves_no_share_by_more_than_the_cap_a_step(
-    policy: dict[str, Any], tmp_path: Path
+    policy: dict[str, Any], tmp_path: Path, record_injections: Callable[..., None]
 ) -> None:
     freely = 0.0
     for number, (name, poison) in enumerate(POISONS[policy["name"]].items()):
@@ -291,3 +294,5 @@ def test_one_poisoned_rank_of_eight_moves_no_share_by_more_than_the_cap_a_step(
         freely = max(freely, np.abs(np.diff(uncapped, axis=0)).max())
     # It is the cap that held, not a policy that moves little.
     assert freely > CAP
+    num_reports = len(POISONS[policy["name"]]) * NUM_STEPS
+    record_injections(num_reports, f"change at most {CAP}, without the cap {freely:.2f}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -215,9 +215,10 @@ def test_a_report_that_comes_twice_counts_once(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.fault_row(31, "a policy that fails or proposes no mixture")
 @pytest.mark.parametrize("fault", ["exception", "nan", "negative", "shape"])
 def test_a_policy_that_fails_holds_the_last_plan_and_the_reason_is_written(
-    tmp_path: Path, fault: str
+    tmp_path: Path, fault: str, record_injections: Callable[..., None]
 ) -> None:
     def failing(step: Step) -> Sequence[float]:
         if step != 3:
@@ -239,6 +240,7 @@ def test_a_policy_that_fails_holds_the_last_plan_and_the_reason_is_written(
             assert row.body["reasons"][0].startswith("hold: the policy")
 
     asyncio.run(scenario())
+    record_injections(1, fault)
 
 
 def test_a_policy_that_overruns_its_budget_holds_the_plan_and_observes_in_order(

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from controller.history import plan_from
 from loader_workers.plans import PlanBoard, Turn
 from loader_workers.service import check_opening
 from protos.dataset_index import DatasetIndex, ShardRef
 from protos.errors import InvalidMessage, NotReady, StaleGeneration
+from protos.planbook import PlanBook
 from protos.slots import lane_counts
 from protos.types import Generation, Lane, OpenStream, PlanEvent, Rank, Step
 from tests.fakes_loader import make_spec, scripted_plans
@@ -245,3 +247,37 @@ def test_an_opening_that_cannot_be_is_refused(changes: dict[str, object], senten
     check_opening(OpenStream(**values), SPEC)  # type: ignore[arg-type]
     with pytest.raises(InvalidMessage, match=sentence):
         check_opening(OpenStream(**{**values, **changes}), SPEC)  # type: ignore[arg-type]
+
+
+def test_the_plans_before_those_that_a_restarted_controller_tells_are_kept() -> None:
+    board = _begun(9)
+    board.say(PLANS[1:], sealed_through=9)
+    lanes = {Lane(0): Step(2), Lane(3): Step(7)}
+    wanted = board.lane_totals(lanes, Step(9))
+    book = PlanBook(global_sequences=SPEC.global_sequences)
+    for plan in PLANS:
+        book.add(plan)
+    for first in (3, 7):
+        # As if the plan in force began where the hindmost lane stands.
+        told = plan_from(book, Step(first))
+        later = [plan for plan in PLANS if plan.first_step > first]
+        board.say([told, *later], sealed_through=9, reset=True)
+        got = board.lane_totals(lanes, Step(9))
+        for lane in lanes:
+            np.testing.assert_array_equal(got[lane], wanted[lane])
+    # Plans that those held do not lead to take their place, all of them.
+    other = scripted_plans(SPEC, {0: [0.5, 0.5], 8: [0.1, 0.9]})
+    board.say(other[1:], sealed_through=9, reset=True)
+    with pytest.raises(InvalidMessage, match="no plan for step 2"):
+        board.lane_totals(lanes, Step(9))
+
+
+def test_what_a_controller_says_whose_place_another_has_taken_is_ignored() -> None:
+    board = _begun(3)
+    board.hear(
+        PlanEvent(generation=Generation(1), plans=(), sealed_through=4, epoch=2),
+    )
+    board.hear(
+        PlanEvent(generation=Generation(2), plans=PLANS[:1], sealed_through=8, reset=True, epoch=1)
+    )
+    assert (board.generation, board.sealed_through) == (1, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ def test_merging_keeps_every_lane_once_in_order() -> None:
     assert unpack_state(merged).step == 4
 
 
+@pytest.mark.fault_row(14, "states of two checkpoints, mixed")
 @pytest.mark.parametrize(
     ("other", "sentence"),
     [
@@ -43,9 +45,12 @@ def test_merging_keeps_every_lane_once_in_order() -> None:
         ({**state(3), "run_id": "x"}, "run_id is 'run' in one and 'x' in another"),
     ],
 )
-def test_states_of_different_checkpoints_are_refused(other: dict[str, Any], sentence: str) -> None:
+def test_states_of_different_checkpoints_are_refused(
+    other: dict[str, Any], sentence: str, record_injections: Callable[..., None]
+) -> None:
     with pytest.raises(ConfigError, match=sentence):
         merge_states([state(0, 1), other])
+    record_injections(1)
 
 
 def test_no_state_at_all_is_refused() -> None:

@@ -189,3 +189,38 @@ def test_a_worker_of_another_run_or_without_a_name_is_refused(workers: Workers) 
     with pytest.raises(InvalidMessage, match="worker_id"):
         workers.beat(make_beat(""))
     assert workers.statuses() == ()
+
+
+def test_one_beat_settles_a_worker_that_names_the_controller_whose_plans_it_has(
+    workers: Workers,
+) -> None:
+    workers.epoch = 7
+    workers.beat(make_beat("a", heard_epoch=6))
+    workers.told_plans("a")
+    assert not workers.are_settled()
+    workers.beat(make_beat("a", heard_epoch=7))
+    assert workers.are_settled()
+    # What it says of this controller may be from before it was told all plans anew.
+    workers.forget_told()
+    workers.beat(make_beat("a", heard_epoch=7))
+    assert not workers.are_settled()
+    workers.told_plans("a")
+    for _ in range(2):
+        workers.beat(make_beat("a", heard_epoch=7))
+    assert workers.are_settled()
+
+
+def test_workers_of_before_a_restart_are_waited_for_but_not_for_long(
+    workers: Workers, clock: Clock
+) -> None:
+    workers.epoch = 7
+    workers.expect({"a", "b"})
+    workers.beat(make_beat("a", heard_epoch=7))
+    assert not workers.are_settled()
+    clock.now_s += ABSENCE_S + 0.1
+    assert workers.are_settled()
+    workers.expect({"a", "b"})
+    assert not workers.are_settled()
+    for name in ("a", "b"):
+        workers.beat(make_beat(name, heard_epoch=7))
+    assert workers.are_settled()
