@@ -158,6 +158,10 @@ class AcodmConfig(RewardSettings):
     replay_capacity: int = Field(default=10_000, ge=1)
     batch_size: int = Field(default=32, ge=1)
     updates_per_step: int = Field(default=1, ge=1)
+    """How often actor and critic are stepped when they are."""
+
+    update_every: int = Field(default=1, ge=1)
+    """Observations from one time of learning to the next: divides what learning costs."""
 
     # Acting.
     warmup_steps: int | None = Field(default=None, ge=1)

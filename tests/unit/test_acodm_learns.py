@@ -46,6 +46,7 @@ BASE = AcodmConfig(initial="uniform", width=32, depth=2, batch_size=16)
         {"reward": "cosine"},
         {"reward": "paper", "importance": "paper"},
         {"normalise": "across_domains"},
+        {"update_every": 2, "updates_per_step": 2},
         {"warmup_acting": "odm"},
         {"critic": "scalar", "anchor_weight": 0.0, "actor_lr": 3e-4},
     ],
@@ -137,3 +138,16 @@ def test_a_mixture_does_not_wait_for_what_the_step_teaches() -> None:
     assert np.array_equal(policy._agent.arrays()["critic.weights"], before)
     policy.learn()
     assert not np.array_equal(policy._agent.arrays()["critic.weights"], before)
+
+
+def test_what_is_learned_now_and_then_costs_that_much_less() -> None:
+    context = make_context(5, num_steps=STEPS)
+    run = SimulatedRun(context=context)
+    policy = AcodmPolicy(BASE.model_copy(update={"update_every": 4, "warmup_steps": 20}), context)
+    run.play(policy, range(60))
+    changed = []
+    for step in range(60, 72):
+        before = policy.state().arrays["agent.critic.weights"]
+        run.play(policy, range(step, step + 1))
+        changed.append(bool((policy.state().arrays["agent.critic.weights"] != before).any()))
+    assert changed == [False, False, False, True] * 3

@@ -215,6 +215,8 @@ class AcodmPolicy:
         if not self._must_learn:
             return
         self._must_learn = False
+        if self._num_observed % self._config.update_every:
+            return
         # What acts from the first step waits until there is enough to learn from.
         acts_untaught = self._config.proxy is not None and not self._warmed_up()
         if not len(self._replay) or acts_untaught:
