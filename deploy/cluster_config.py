@@ -7,7 +7,11 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from controller.config import RunConfig
+from controller.config_cluster import WorkersSection
+from controller.config_errors import first_sentence
 from protos.errors import ConfigError
 from protos.security import is_loopback, split_address
 
@@ -35,9 +39,7 @@ def for_cluster(config: RunConfig, *, workers: int | None, num_nodes: int) -> Ru
             "files (or security.insecure where the network is trusted)"
         )
     if workers is not None:
-        config = config.model_copy(
-            update={"workers": _counted(config.workers.model_dump(), workers, config)}
-        )
+        config = config.model_copy(update={"workers": _counted(config.workers, workers)})
     config = _absolute(config)
     if _WORKING_DIR in str(config.out):
         raise ConfigError(
@@ -47,11 +49,12 @@ def for_cluster(config: RunConfig, *, workers: int | None, num_nodes: int) -> Ru
     return config
 
 
-def _counted(values: dict[str, Any], count: int, config: RunConfig) -> Any:
+def _counted(workers: WorkersSection, count: int) -> WorkersSection:
     try:
-        return type(config.workers).model_validate({**values, "count": count})
-    except ValueError as error:
-        raise ConfigError(f"--workers {count}: {error}") from None
+        return WorkersSection.model_validate({**workers.model_dump(), "count": count})
+    except ValidationError as error:
+        reason = first_sentence(error, WorkersSection)
+        raise ConfigError(f"--workers {count}: {reason}") from None
 
 
 def _absolute(config: RunConfig) -> RunConfig:
