@@ -31,10 +31,14 @@ COMPUTE_S = 0.02
 """What stands for the trainer's work on a step; without any, ranks would wait for data always."""
 
 
-def _undisturbed(folder: Path, patterns: dict[str, str]) -> Global:
-    with consumed_run(write_run(folder, patterns, steps=NUM_STEPS)) as run:
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Global]:
+    """The shards, and the batches of a run on them by one rank and one worker."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    patterns = write_token_corpus(folder / "data", documents=(600, 450, 300))
+    with consumed_run(write_run(folder / "out", patterns, steps=NUM_STEPS)) as run:
         run.consume(1, until=NUM_STEPS)
-        return global_batches(run.deliveries())
+        return patterns, global_batches(run.deliveries())
 
 
 def _lanes(run: ConsumedRun) -> dict[str, int]:
@@ -51,10 +55,12 @@ def _wait_even(run: ConsumedRun, *worker_ids: str) -> None:
 
 
 def test_1_3_2_workers_while_training_change_no_batch_and_break_no_stream(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    undisturbed: tuple[dict[str, str], Global],
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    patterns = write_token_corpus(tmp_path / "data", documents=(600, 450, 300))
-    expected = _undisturbed(tmp_path / "undisturbed", patterns)
+    patterns, expected = undisturbed
     out = tmp_path / "out"
     caplog.set_level(logging.INFO, logger="trainer_client")
     caplog.clear()
@@ -103,9 +109,10 @@ def test_1_3_2_workers_while_training_change_no_batch_and_break_no_stream(
     assert max(extra) < 1.0 + calm, "a hand-over costs next to nothing"
 
 
-def test_a_worker_killed_while_it_hands_over_costs_a_pause_and_nothing_else(tmp_path: Path) -> None:
-    patterns = write_token_corpus(tmp_path / "data", documents=(600, 450, 300))
-    expected = _undisturbed(tmp_path / "undisturbed", patterns)
+def test_a_worker_killed_while_it_hands_over_costs_a_pause_and_nothing_else(
+    tmp_path: Path, undisturbed: tuple[dict[str, str], Global]
+) -> None:
+    patterns, expected = undisturbed
     out = tmp_path / "out"
     with consumed_run(write_run(out, patterns, steps=NUM_STEPS), num_workers=3) as run:
         killed: list[int] = []

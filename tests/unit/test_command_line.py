@@ -209,7 +209,10 @@ def packed(tmp_path: Path) -> None:
     for name in ("code", "web"):
         rows = [json.dumps({"text": f"{name} {index} " * 30}) + "\n" for index in range(20)]
         (tmp_path / "data" / f"{name}.jsonl").write_text("".join(rows))
-    result = CliRunner().invoke(app, ["pack", str(tmp_path / "data"), str(tmp_path / "shards")])
+    # In this process: others would take seconds to start.
+    result = CliRunner().invoke(
+        app, ["pack", str(tmp_path / "data"), str(tmp_path / "shards"), "--processes", "1"]
+    )
     assert result.exit_code == 0, result.output
 
 
