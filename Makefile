@@ -120,3 +120,15 @@ bench-reading: install
 .PHONY: test-trackers
 test-trackers: install .venv-trackers/.installed
 	PYTHONPATH=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') .venv-trackers/bin/python -m pytest tests/integration/test_trackers.py $(ARGS)
+
+# The live page in a real Chromium, with what it costs the controller; installs Chromium where
+# apt-get can, and is skipped where there is none.
+.PHONY: test-page
+test-page: install
+	@command -v chromedriver >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; } || true
+	$(BIN)/python -m pytest tests/integration/test_page_browser.py tests/integration/test_page_process.py --timeout 600 -rs $(ARGS)
+
+# CPU time that a watched page takes of its controller. Writes build/bench/page.json.
+.PHONY: bench-page
+bench-page: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_page $(ARGS)

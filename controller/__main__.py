@@ -68,7 +68,9 @@ async def serve(config: RunConfig, *, standby: bool = False) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     with tracing(os.environ):
-        await run_controller(config, on_ready=_say_ready, stop=stop, standby=standby)
+        await run_controller(
+            config, on_ready=_say_ready, on_page=_say_page, stop=stop, standby=standby
+        )
 
 
 def exit_code(error: HeadraceError) -> int:
@@ -77,6 +79,10 @@ def exit_code(error: HeadraceError) -> int:
         if isinstance(error, kind):
             return code
     return 1
+
+
+def _say_page(url: str) -> None:
+    print(f"headrace page at {url}", flush=True)
 
 
 def _say_ready(address: str) -> None:

@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from controller import history as past
 from controller.bad_share import BadShare
+from controller.blobs import Blobs
 from controller.config import RunConfig, run_spec
 from controller.guard import Guard
 from controller.hands import Hands, Pace
@@ -28,7 +29,7 @@ from controller.policy import artefact
 from controller.policy.base import Policy, PolicyContext
 from controller.policy.registry import initial_mixture, make_policy, validation_of
 from controller.policy_runner import PolicyRunner
-from controller.service import Blobs, Service
+from controller.service import Service
 from controller.shadows import Shadow, Shadows, shadow_names
 from controller.snapshots import Snapshots
 from controller.state import RunState
@@ -42,6 +43,9 @@ from protos.server import check_guard, serving_controller
 from protos.spec import RunSpec
 from protos.tokenizer import TokenizerInfo, describe_tokenizer
 from protos.types import Mixture
+
+if TYPE_CHECKING:
+    from controller.dashboard.server import PageServer
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +88,9 @@ def check_first(config: RunConfig, *, standby: bool = False) -> None:
         _check_port(config.address)
         if config.metrics.address is not None:
             _check_port(config.metrics.address)
+        page = _page(config)
+        if page is not None:
+            page.close()
     _tokenizer(config)
 
 
@@ -134,8 +141,9 @@ async def run_controller(
     on_ready: Callable[[str], None],
     stop: asyncio.Event,
     standby: bool = False,
+    on_page: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve a run until `stop` is set; `on_ready` hears the address.
+    """Serve a run until `stop` is set; `on_ready` hears the address, `on_page` that of the page.
 
     A `standby` gets all ready and then waits for as long as another controller has the ledger.
 
@@ -156,6 +164,9 @@ async def run_controller(
         if ledger is None:
             return
         stack.push_async_callback(ledger_thread.call, ledger.close)
+        page = _page(config)
+        if page is not None:
+            stack.callback(page.close)
         history = await ledger_thread.call(_open_history, ledger, config, prepared)
         runner = PolicyRunner(prepared.policy, budget_s=config.guard.time_budget_s)
         stack.callback(runner.close, config.guard.time_budget_s)
@@ -181,6 +192,9 @@ async def run_controller(
         if config.metrics.address is not None:
             url = stack.enter_context(_metrics(config, config.metrics.address, service))
             logger.info("metrics url=%s", url)
+        if page is not None:
+            await stack.enter_async_context(page.serving(service, prepared.spec))
+            on_page(page.url)
         logger.info("serving run=%s address=%s", prepared.spec.run_id, address)
         on_ready(address)
         await _until(stop, deciding)
@@ -201,6 +215,20 @@ def _metrics(config: RunConfig, address: str, service: Service) -> Iterator[str]
 
     with serving_metrics(address, security, config.metrics.token_of(security), read) as url:
         yield url
+
+
+def _page(config: RunConfig) -> PageServer | None:
+    """Take the page's port, if there is to be one."""
+    if config.dashboard is None:
+        return None
+    # Where there is no page, its web server need not be installed, and costs no start.
+    try:
+        from controller.dashboard.server import PageServer
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the page needs the package {error.name}: pip install 'headrace[server]'"
+        ) from None
+    return PageServer(config)
 
 
 def _check_port(address: str) -> None:

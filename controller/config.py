@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from controller.config_cluster import ClusterSection, WorkersSection
+from controller.config_dashboard import DashboardSection
 from controller.config_errors import first_sentence
 from controller.config_metrics import MetricsSection, check_scraping
 from controller.config_section import Section
@@ -160,6 +161,8 @@ class RunConfig(Section):
     cluster: ClusterSection = ClusterSection()
     security: SecuritySection = SecuritySection()
     metrics: MetricsSection = MetricsSection()
+    dashboard: DashboardSection | None = None
+    """The live page; None: there is none."""
 
     @field_validator("address")
     @classmethod
@@ -175,6 +178,8 @@ class RunConfig(Section):
         try:
             check_bind(self.address, self.wire_security)
             check_scraping(self.metrics, self.wire_security)
+            if self.dashboard is not None:
+                check_bind(self.dashboard.address, self.wire_security)
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return self

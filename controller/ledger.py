@@ -265,11 +265,15 @@ def read_rows(
     *kinds: Kind,
     min_step: int | None = None,
     max_step: int | None = None,
+    seq: int | None = None,
     newest_first: bool = False,
 ) -> Iterator[Row]:
-    """Yield rows of a ledger; see `Ledger.rows`."""
+    """Yield rows of a ledger, or the one of a number; see `Ledger.rows`."""
     clauses: list[str] = []
     values: list[Any] = []
+    if seq is not None:
+        clauses.append("seq = ?")
+        values.append(seq)
     by_step = min_step is not None or max_step is not None
     if kinds:
         # An index on several kinds would have all their rows sorted before the first is read.

@@ -24,6 +24,8 @@ from collections.abc import Callable, Sequence
 
 from controller import history as past
 from controller.closer import BROADCAST, StepCloser
+from controller.decide import delivered_epochs
+from controller.guard import GuardResult
 from controller.hands import Hands, Pace
 from controller.history import Steering
 from controller.ledger_schema import (
@@ -272,6 +274,13 @@ class ControlLoop:
                 await self._commit_now([steering.as_entry()], _CONTROL)
                 self._closer.steering = steering
             return self.first_free_step
+
+    def preview(self, wanted: Mixture) -> GuardResult:
+        """Say what the guard would make of a mixture now, were it the policy's proposal."""
+        guard, state = self._hands.guard, self.state
+        epochs = delivered_epochs(state.cursors, state.spec) if guard.counts_epochs else None
+        held = state.newest_plan.mixture
+        return guard.apply(wanted.shares, held=held, delivered_epochs=epochs)
 
     async def snapshot(self) -> str:
         """Save the policy's state; return where it is.

@@ -87,6 +87,9 @@ class Metrics:
         self.decisions = Histogram(_DECISION_BOUNDS_S)
         """Seconds of each decision, from the last report to the announcement."""
 
+        self.newest_reports: tuple[StepReport, ...] = ()
+        """Of the newest step that a rank reported."""
+
         self._now = now
         self._recent: deque[tuple[float, int]] = deque(maxlen=_SPEED_STEPS)
         self._step_s: deque[float] = deque(maxlen=_PACE_STEPS)
@@ -97,6 +100,7 @@ class Metrics:
         """Take in what the ranks reported of a step."""
         tokens = int(observation.tokens.sum())
         self.totals.tokens += tokens
+        self.newest_reports = tuple(reports) or self.newest_reports
         self._recent.append((self._now(), tokens))
         slowest_s = max((report.step_s for report in reports), default=0.0)
         self._step_s.append(slowest_s)

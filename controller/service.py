@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from controller.bad_share import BadShare
+from controller.blobs import Blobs
+from controller.guard import GuardResult
 from controller.joining import Joining
 from controller.ledger_schema import event_entry, quarantine_entry, workers_entry
 from controller.loop import ControlLoop
@@ -53,36 +55,12 @@ BEAT_S = 1.0
 FIRST_BEAT_TIMEOUT_S = 10.0
 """How long a worker that opens a stream may take to say who it is."""
 
-CHUNK_BYTES = 1 << 20
-
 _REPLY = Failpoint("reply.report", "after a report is taken in, before it is answered")
 _JOIN_REPLY = Failpoint("reply.join", "after a generation has begun, before a rank hears of it")
 _ADMIN_REPLY = Failpoint("reply.admin", "after an order is carried out, before it is answered")
 _TOLD = Failpoint("plans.told", "after a worker was told of plans, before the next one is")
 
 _STOPS = "the controller stops; join again when it is back"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Blobs:
-    """The files that workers get from the controller."""
-
-    index: bytes
-    tokenizer: bytes
-    """Empty: the run needs none."""
-
-    def chunks(self) -> list[BlobChunk]:
-        """Cut both into pieces that fit a message."""
-        return [
-            BlobChunk(
-                name=name,
-                offset=offset,
-                total_bytes=len(data),
-                data=data[offset : offset + CHUNK_BYTES],
-            )
-            for name, data in (("index", self.index), ("tokenizer", self.tokenizer))
-            for offset in range(0, len(data), CHUNK_BYTES)
-        ]
 
 
 class Service:
@@ -330,8 +308,20 @@ class Service:
             shadows=self._shadows.statuses,
         )
 
+    async def newest_reports(self) -> tuple[StepReport, ...]:
+        """Return what the ranks said of the newest step."""
+        return self._metrics.newest_reports
+
+    async def preview(self, shares: Mapping[str, float]) -> GuardResult:
+        """Say what the guard would make of a mixture, were it the policy's proposal."""
+        return self._loop.preview(self._mixture_of(shares))
+
     async def set_mixture(self, shares: Mapping[str, float]) -> int:
         """See `AdminService.set_mixture`; a domain that is left out gets 0."""
+        mixture = self._mixture_of(shares)
+        return await self._to_the_end(self._loop.steer(override=mixture, frozen=False))
+
+    def _mixture_of(self, shares: Mapping[str, float]) -> Mixture:
         domains = self._loop.state.spec.domains
         for name in shares:
             if name not in domains:
@@ -339,10 +329,9 @@ class Service:
                     f"the mixture names domain {name!r}; the run has {', '.join(domains)}"
                 )
         try:
-            mixture = Mixture.from_shares([shares.get(name, 0.0) for name in domains])
+            return Mixture.from_shares([shares.get(name, 0.0) for name in domains])
         except ValueError as error:
             raise InvalidMessage(str(error)) from None
-        return await self._to_the_end(self._loop.steer(override=mixture, frozen=False))
 
     async def freeze(self) -> None:
         """See `AdminService.freeze`."""

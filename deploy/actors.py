@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from controller.actor import ControllerActor
 from controller.config import RunConfig
+from deploy.ports import free_port
 from protos.errors import AlreadyServing, HeadraceError, NotReady, Retryable
 from protos.security import split_address
 
@@ -195,13 +195,6 @@ def start_controller(config: RunConfig, *, say: Say) -> tuple[WatchedActor, str]
             if port or not tries_left:
                 raise
     raise AssertionError("the last try either returns or raises")
-
-
-def free_port(host: str) -> int:
-    """Return a port that nobody serves at the moment."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host.strip("[]"), 0))
-        return int(probe.getsockname()[1])
 
 
 def _ours(error: RayTaskError) -> HeadraceError:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
+
+PAGE_ADDRESS = "127.0.0.1:7780"
+"""Where the live page is served if nobody says where; so that it need not be imported."""
 
 _OWN = ("controller", "deploy", "loader_workers", "protos", "trainer_client")
 
@@ -25,7 +29,20 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    app()
+    app(with_page_address(sys.argv[1:]))
+
+
+def with_page_address(arguments: list[str]) -> list[str]:
+    """Give `--dashboard` its default address where none follows it.
+
+    The parser knows options with a value and options without, and none that are both.
+    """
+    if "--dashboard" not in arguments:
+        return arguments
+    place = arguments.index("--dashboard") + 1
+    if re.fullmatch(r"\S+:\d+", "".join(arguments[place : place + 1])):
+        return arguments
+    return [*arguments[:place], PAGE_ADDRESS, *arguments[place:]]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from rich.console import Console
 from controller.config import load_run_file, with_metrics
 from deploy.exits import told
 from deploy.on_run import on_run
+from deploy.page import DashboardOption, with_page
 from deploy.screen import printable, status_panel
 from deploy.status_json import status_json
 from protos.client import AdminClient
@@ -174,10 +175,12 @@ def controller(
     log_format: Annotated[
         str | None, typer.Option(help="text or json. Default: HEADRACE_LOG_FORMAT, text.")
     ] = None,
+    dashboard: DashboardOption = None,
 ) -> None:
     """Serve a run's controller in the foreground, outside Ray, until Ctrl-C or SIGTERM.
 
-    Builds the dataset index first if there is none. Prints its address when it serves.
+    Builds the dataset index first if there is none. Prints its address when it serves, and that of
+    the live page if there is one.
     """
     import asyncio
     import logging
@@ -188,7 +191,7 @@ def controller(
     from protos.log_format import configure_logging
 
     configure_logging(log_format, level=logging.INFO if verbose else logging.WARNING)
-    config = with_metrics(load_run_file(run_file), metrics)
+    config = with_page(with_metrics(load_run_file(run_file), metrics), dashboard)
     check_first(config, standby=standby)
     ensure_index(config)
     asyncio.run(serve(config, standby=standby))

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from controller.policy.config import POLICY_NAMES
 from deploy.exits import stderr, told
+from deploy.page import DashboardOption
 from deploy.runfile import RunOptions, default_out
 from protos.errors import ConfigError
 
@@ -72,6 +73,7 @@ def run(
     digest: Annotated[
         bool, typer.Option("--digest", help="Write digests.jsonl: a line for each step and slot.")
     ] = False,
+    dashboard: DashboardOption = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help=_SET)] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print report.json on stdout; all else on stderr.")
@@ -109,6 +111,7 @@ def run(
         resume=resume,
         until=until,
         checkpoint_every=checkpoint_every,
+        dashboard=dashboard,
     )
     console = stderr if as_json else Console()
     if fresh:

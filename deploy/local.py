@@ -24,6 +24,7 @@ from controller.config import RunConfig, load_run_file
 from deploy.failures import Stopped, TrainerFailed
 from deploy.history import LOG_PATTERN
 from deploy.local_ray import local_ray, temporary_folder
+from deploy.page import with_fixed_page, with_page
 from deploy.plots import draw_plots
 from deploy.prepare import prepare_run
 from deploy.processes import ChildProcess, StopSignals
@@ -85,7 +86,8 @@ def run_local(options: RunOptions, console: Console) -> dict[str, Any]:
     """
     with _terminable(), Progress(console) as progress, temporary_folder() as folder:
         training = choose_training(options)
-        config = _with_workers(load_run_file(prepare_run(options, progress)), options)
+        found = _with_workers(load_run_file(prepare_run(options, progress)), options)
+        config = with_page(found, options.dashboard)
         keep_training(training, options.out)
         outcome = _train(options, training, config, folder, progress)
         return _report(options, training, config, outcome, progress, console)
@@ -131,7 +133,10 @@ def _train(
             from deploy.actors import start_controller, stop_actors
             from deploy.pool import WorkerPool
 
+            config = with_fixed_page(config)
             controller, address = start_controller(config, say=progress.say)
+            if config.dashboard is not None:
+                progress.say(f"live page: {config.dashboard.url(config.wire_security)}")
             stack.callback(stop_actors, [controller])
             write_whole(options.out / ADDRESS, address + "\n")
             stack.callback((options.out / ADDRESS).unlink, missing_ok=True)

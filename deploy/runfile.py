@@ -50,6 +50,8 @@ class RunOptions:
     resume: bool = False
     until: int | None = None
     checkpoint_every: int = 50
+    dashboard: str | None = None
+    """Where the live page is served; None: as the base file says, else nowhere."""
 
 
 _BUILT_IN: Settings = {

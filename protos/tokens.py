@@ -59,11 +59,11 @@ class TokenFile:
 
     def hashes(self) -> list[bytes]:
         """Return the hashes of the tokens that a server takes."""
-        return [_hashed(token) for token in self._file.get()]
+        return [digest(token) for token in self._file.get()]
 
     def takes(self, value: str) -> bool:
         """Say whether a header of the value `Bearer TOKEN` shows one of the tokens."""
-        asked = _hashed(value.removeprefix(_SCHEME))
+        asked = digest(value.removeprefix(_SCHEME))
         # All are compared, whichever fits: the time says nothing of which does.
         fits = [hmac.compare_digest(known, asked) for known in self.hashes()]
         return value.startswith(_SCHEME) and any(fits)
@@ -142,7 +142,10 @@ class Gatekeeper:
         value = shown[0]
         if len(shown) != 1 or not isinstance(value, str) or not value.startswith(_SCHEME):
             return None
-        asked = _hashed(value.removeprefix(_SCHEME))
+        return self.right_of(digest(value.removeprefix(_SCHEME)))
+
+    def right_of(self, asked: bytes) -> Right | None:
+        """Return what the token of a `digest` allows now; None: it is not known, or no more."""
         found = None
         for right, file in self._files.items():
             for known in file.hashes():
@@ -151,7 +154,8 @@ class Gatekeeper:
         return found
 
 
-def _hashed(token: str) -> bytes:
+def digest(token: str) -> bytes:
+    """Return what is kept of a token to compare it."""
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 

@@ -13,9 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from controller.config import RunConfig
+from controller.explanation import explain_step
 from controller.policy.base import Policy
 from deploy.commands import app
-from deploy.explain import explain_step
 from protos.errors import ConfigError, LedgerError
 from protos.types import Mixture, Step
 from tests.fakes_controller import ODM, ScriptedPolicy, bench, make_report, resume_at, small_run
