@@ -336,6 +336,7 @@ def _assemble(
     pace = Pace(
         report_grace_s=config.control.report_grace_s,
         snapshot_every=config.control.snapshot_every,
+        keep_steps=config.ledger.keep_steps,
     )
     state = RunState(prepared.spec, history, now=now)
     loop = ControlLoop(state, hands, steering=history.steering, pace=pace, now=now)

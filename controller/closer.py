@@ -30,6 +30,9 @@ MOST_AT_ONCE = 256
 _AT_ONCE_S = 0.005
 """How long steps that wait may keep the first of them from its commit."""
 
+_PRUNINGS = 10
+"""So many times are reports dropped in as many steps as are kept."""
+
 _DECISION = DurableWrite("ledger.decision", "a step, its plan and its seal are committed")
 _SKIP = DurableWrite("ledger.skip", "steps that nobody reported are committed")
 _SNAPSHOT = DurableWrite("ledger.snapshot", "it is recorded that the policy's state was saved")
@@ -49,6 +52,7 @@ class StepCloser:
         scribe: Scribe,
         saving: Saving,
         patience: Patience,
+        keep_steps: int | None,
         now: Callable[[], float],
     ) -> None:
         self.steering = Steering()
@@ -64,6 +68,8 @@ class StepCloser:
         self._scribe = scribe
         self._saving = saving
         self._patience = patience
+        self._keep_steps = keep_steps
+        self._pruned_before = 0
         self._now = now
         self._unwritten: Callable[[], Awaitable[None]] | None = None
         """What is to be decided first once the ledger can be written."""
@@ -96,8 +102,19 @@ class StepCloser:
             async with self.writing:
                 saved = Entry(kind=Kind.SNAPSHOT, step=step, body={"path": path})
                 await self._scribe.commit([saved], _SNAPSHOT)
+                await self._prune()
 
         return self._saving.start(step, record)
+
+    async def _prune(self) -> None:
+        """Drop reports of steps long past, some together."""
+        state, keep = self._state, self._keep_steps
+        if keep is None:
+            return
+        before = min(state.observed_through + 1 - keep, state.floor)
+        if before - self._pruned_before >= max(keep // _PRUNINGS, 1):
+            await self._scribe.prune(before, num_lanes=state.spec.lanes)
+            self._pruned_before = before
 
     def _is_overdue(self, group: Aggregator) -> bool:
         # Once drained nothing is sealed any more, so nobody is helped by closing steps early.

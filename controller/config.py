@@ -125,6 +125,15 @@ class ControlSection(Section):
     """Steps between snapshots of the policy."""
 
 
+class LedgerSection(Section):
+    """How much is written down."""
+
+    keep_steps: Count | None = None
+    """Reports and observations of so many steps are kept, those of older ones dropped; plans and
+    all else that makes the batches are kept for ever. At least as many as the oldest checkpoint
+    that a run may go back to lies behind. None: all are kept."""
+
+
 class ProbeSection(Section):
     """How trainers measure gradients, where the policy needs them."""
 
@@ -156,6 +165,7 @@ class RunConfig(Section):
 
     guard: GuardConfig = GuardConfig()
     control: ControlSection = ControlSection()
+    ledger: LedgerSection = LedgerSection()
     probe: ProbeSection = ProbeSection()
     workers: WorkersSection = WorkersSection()
     cluster: ClusterSection = ClusterSection()

@@ -20,6 +20,8 @@ class Pace:
 
     report_grace_s: float
     snapshot_every: int
+    keep_steps: int | None = None
+    """Of how many steps the ledger keeps reports; None: of all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,12 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from controller.ledger_file import check_version, explained, forget_cached
+from controller.ledger_file import COLUMNS, check_version, explained, forget_cached
 from controller.ledger_lock import LedgerLock
+from controller.ledger_prune import prune
 from controller.ledger_schema import (
     CREATE,
     CREATE_NEWEST,
-    GENESIS,
     OLDEST_VERSION,
     SCHEMA_VERSION,
     UPGRADES,
@@ -26,6 +26,7 @@ from controller.ledger_schema import (
     encode_body,
     row_hash,
 )
+from controller.ledger_verify import verify as verify
 from protos.errors import AlreadyServing, LedgerError
 from protos.failpoints import Failpoint
 
@@ -35,11 +36,6 @@ CHECKED_AT_OPENING = 20_000
 """Rows whose chain is checked when a ledger is opened to be written, from the last one back: so
 many that a run of a few thousand steps is checked whole, so few that a long one opens at once.
 `headrace verify` checks every row."""
-
-COLUMNS = "seq, kind, step, time_s, body, data, prev_hash, hash"
-
-_KINDS = (str, int, float, str)
-"""Of kind, step, time_s and body."""
 
 
 class Unsettled(Exception):
@@ -102,9 +98,35 @@ class Ledger:
             AlreadyServing: another process has opened the ledger since, whatever the lock says.
             LedgerError: they could not be written; `settle` says whether they are there.
         """
-        if not entries:
-            return
+        if entries:
+            self._transact(lambda _: entries)
+
+    def prune(self, before_step: int, *, num_lanes: int) -> None:
+        """Drop what was reported of steps before `before_step`; the chain still verifies.
+
+        See `controller.ledger_prune`. Raises as `commit` does.
+        """
+        self._transact(lambda database: prune(database, before_step, num_lanes=num_lanes))
+
+    def _transact(self, make: Callable[[sqlite3.Connection], Sequence[Entry]]) -> None:
+        """Change the file as `make` does, append the rows that it returns: all or nothing."""
         database = self._open()
+        self._attempt, self._was_full = None, False
+        with explained(f"cannot write to the ledger {self.path}"):
+            try:
+                with database:
+                    database.execute("BEGIN IMMEDIATE")
+                    self._check_epoch(database)
+                    self._attempt = seq, head = self._append(database, make(database))
+                    _IN_TRANSACTION.hit()
+            except sqlite3.Error as error:
+                self._was_full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+                raise
+        self._seq, self._hash = seq, head
+        self._attempt = None
+
+    def _append(self, database: sqlite3.Connection, entries: Sequence[Entry]) -> tuple[int, bytes]:
+        """Add rows to the transaction under way; return number and hash of the last one."""
         seq, head, rows = self._seq, self._hash, []
         for entry in entries:
             seq += 1
@@ -119,27 +141,11 @@ class Ledger:
             following = row_hash(prev_hash=head, **fields)  # type: ignore[arg-type]
             rows.append((*fields.values(), head, following))
             head = following
-        self._attempt, self._was_full = (seq, head), False
-        with explained(f"cannot write to the ledger {self.path}"):
-            try:
-                self._insert(database, rows, seq, head)
-            except sqlite3.Error as error:
-                self._was_full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
-                raise
-        self._seq, self._hash = seq, head
-        self._attempt = None
-
-    def _insert(
-        self, database: sqlite3.Connection, rows: list[tuple[Any, ...]], seq: int, head: bytes
-    ) -> None:
-        with database:
-            database.execute("BEGIN IMMEDIATE")
-            self._check_epoch(database)
-            database.executemany(
-                f"INSERT INTO ledger ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows
-            )
-            database.execute("UPDATE head SET seq = ?, hash = ? WHERE id = 0", (seq, head))
-            _IN_TRANSACTION.hit()
+        database.executemany(
+            f"INSERT INTO ledger ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows
+        )
+        database.execute("UPDATE head SET seq = ?, hash = ? WHERE id = 0", (seq, head))
+        return seq, head
 
     def settle(self) -> bool:
         """Open the file anew after a commit has failed; return whether the commit is in it.
@@ -280,6 +286,10 @@ def read_rows(
         column = "+kind" if len(kinds) > 1 and not by_step else "kind"
         clauses.append(f"{column} IN ({', '.join('?' * len(kinds))})")
         values += [kind.value for kind in kinds]
+    else:
+        # They stand for rows that are no more.
+        clauses.append("kind != ?")
+        values.append(Kind.ANCHOR.value)
     for bound, compare in ((min_step, ">="), (max_step, "<=")):
         if bound is not None:
             clauses.append(f"step {compare} ?")
@@ -322,61 +332,3 @@ def reading_ledger(path: Path) -> Iterator[sqlite3.Connection]:
             (version,) = database.execute("PRAGMA user_version").fetchone()
         check_version(version, path)
         yield database
-
-
-def verify(
-    database: sqlite3.Connection, path: Path, *, last: int | None = None
-) -> tuple[int, bytes]:
-    """Check the chain of all rows, or of the `last` ones; return the last one's number and hash.
-
-    Raises:
-        LedgerError: a row is missing, was changed, or does not follow on the one before it.
-    """
-    remedy = "restore it from a copy, or give the run another `out`"
-    expected, head = 0, GENESIS
-    with explained(f"the ledger {path} is damaged; {remedy}"):
-        if last is not None:
-            expected, head = _before_last(database, last)
-        rows = database.execute(
-            f"SELECT {COLUMNS} FROM ledger WHERE seq > ? ORDER BY seq", (expected,)
-        )
-        for row in rows:
-            seq, kind, step, time_s, body, data, prev_hash, stored = row
-            expected += 1
-            if seq != expected:
-                raise LedgerError(
-                    f"the ledger {path} is damaged: row {expected} is missing; {remedy}"
-                )
-            computed = b""
-            # SQLite keeps any kind of value in any column: a changed byte may have changed that.
-            if tuple(map(type, row[1:5])) == _KINDS and isinstance(data, bytes | None):
-                computed = row_hash(
-                    prev_hash=head,
-                    seq=seq,
-                    kind=kind,
-                    step=step,
-                    time_s=time_s,
-                    body=body,
-                    data=data,
-                )
-            if prev_hash != head or stored != computed:
-                raise LedgerError(
-                    f"the ledger {path} is damaged: row {seq} ({kind}, step {step}) was changed "
-                    f"after it was written; {remedy}"
-                )
-            head = computed
-        noted = database.execute("SELECT seq, hash FROM head WHERE id = 0").fetchone()
-    if noted != (expected, head):
-        raise LedgerError(
-            f"the ledger {path} is damaged: it ends at row {expected}, but had "
-            f"{noted[0] if noted else 'more'} rows; {remedy}"
-        )
-    return expected, head
-
-
-def _before_last(database: sqlite3.Connection, last: int) -> tuple[int, bytes]:
-    """Return number and hash of the row before the `last` ones; of none: 0 and `GENESIS`."""
-    found = database.execute(
-        "SELECT seq, hash FROM ledger WHERE seq = (SELECT max(seq) FROM ledger) - ?", (last,)
-    ).fetchone()
-    return found or (0, GENESIS)

@@ -11,6 +11,8 @@ from pathlib import Path
 from controller.ledger_schema import OLDEST_VERSION, SCHEMA_VERSION
 from protos.errors import LedgerError
 
+COLUMNS = "seq, kind, step, time_s, body, data, prev_hash, hash"
+
 
 def forget_cached(path: Path) -> None:
     """Have the next read come from the disk: after an error the cache may hold what it does not."""

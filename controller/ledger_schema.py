@@ -71,6 +71,8 @@ class Kind(enum.Enum):
     SNAPSHOT = "snapshot"  # the policy's state after `step` was saved
     QUARANTINE = "quarantine"  # something is left out of the data
     EVENT = "event"  # anything else that happened
+    PRUNE = "prune"  # rows of old steps were dropped: anchors hold the chain together there
+    ANCHOR = "anchor"  # stands where rows were dropped; never written as a row of its own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -90,6 +90,7 @@ class ControlLoop:
             scribe=self.scribe,
             saving=self._saving,
             patience=self._patience,
+            keep_steps=pace.keep_steps,
             now=now,
         )
         self._closer.steering = steering

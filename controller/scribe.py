@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 
 from controller.ledger import Ledger, Unsettled
-from controller.ledger_schema import Entry, event_entry
+from controller.ledger_schema import Entry, Kind, event_entry
+from controller.snapshots import NUM_KEPT
 from controller.threads import SingleThread
 from protos.errors import LedgerError
 from protos.failpoints import DurableWrite
@@ -20,6 +22,7 @@ RETRY_S = 1.0
 MOST_NOTED = 10_000
 """Records that may wait for a commit; beyond that they are counted and dropped."""
 
+_PRUNE = DurableWrite("ledger.prune", "reports of steps long past are dropped")
 RECOVERY = DurableWrite("ledger.recovery", "it is recorded that the ledger can be written again")
 
 
@@ -69,13 +72,25 @@ class Scribe:
         """
         noted, self.noted = self.noted, []
         try:
-            await self._thread.call(self._write, [*noted, *entries], write)
-        except LedgerError as error:
-            self._begin_fault(error)
-            if await self._is_written():
-                return
+            await self._do(lambda: self._ledger.commit([*noted, *entries]), write)
+        except LedgerError:
             self.noted = [*noted, *self.noted]
             raise
+
+    async def prune(self, before_step: int, *, num_lanes: int) -> None:
+        """Drop reports of steps before `before_step`, unless a saved policy state needs them.
+
+        Raises:
+            LedgerError: nothing was dropped; `fault` says why, if the run can go on without.
+        """
+
+        def work() -> None:
+            newest = self._ledger.rows(Kind.SNAPSHOT, newest_first=True)
+            saved = [row.step for row in itertools.islice(newest, NUM_KEPT)]
+            if len(saved) == NUM_KEPT:
+                self._ledger.prune(min(before_step, saved[-1] + 1), num_lanes=num_lanes)
+
+        await self._do(work, _PRUNE)
 
     async def mend(self) -> bool:
         """Try whether the ledger can be written again, and say so in it; return whether it can.
@@ -110,10 +125,18 @@ class Scribe:
         except TimeoutError:
             return
 
-    def _write(self, entries: Sequence[Entry], write: DurableWrite) -> None:
+    async def _do(self, work: Callable[[], None], write: DurableWrite) -> None:
+        try:
+            await self._thread.call(self._write, work, write)
+        except LedgerError as error:
+            self._begin_fault(error)
+            if not await self._is_written():
+                raise
+
+    def _write(self, work: Callable[[], None], write: DurableWrite) -> None:
         try:
             with write.around():
-                self._ledger.commit(entries)
+                work()
         except OSError as error:
             raise LedgerError(f"cannot write to the ledger {self._ledger.path}: {error}") from error
 

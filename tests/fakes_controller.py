@@ -221,6 +221,7 @@ class Bench:
         pace = Pace(
             report_grace_s=config.control.report_grace_s,
             snapshot_every=config.control.snapshot_every,
+            keep_steps=config.ledger.keep_steps,
         )
         self.state = RunState(self.spec, history, now=now)
         self.loop = ControlLoop(self.state, hands, steering=history.steering, pace=pace, now=now)

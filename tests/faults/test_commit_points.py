@@ -56,6 +56,8 @@ LIVE: dict[str, str] = {
     "policy.written": "1",
     "policy.rename.before": "1",
     "policy.rename.after": "1",
+    "ledger.prune.before": "1",
+    "ledger.prune.after": "1",
     "ledger.control.before": "1",
     "ledger.control.after": "1",
     "reply.admin": "1",
@@ -123,6 +125,7 @@ def test_a_controller_killed_at_every_commit_point_loses_doubles_and_breaks_noth
         steps=NUM_STEPS,
         policy=ODM,
         control={"snapshot_every": 5},
+        ledger={"keep_steps": 10},
     )
     environments = [_environment(name) for name in LIVE]
     with fault_run(run_file, environments=environments) as run, _steering(run):
