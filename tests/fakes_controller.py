@@ -294,6 +294,10 @@ def bench(
             thread.close(5.0)
 
 
+def alternating(step: Step) -> Sequence[float]:
+    return (0.6, 0.2, 0.2) if step % 2 else (0.1, 0.1, 0.8)
+
+
 class ScriptedPolicy:
     """Proposes what it is told to, or fails; keeps what it observed."""
 

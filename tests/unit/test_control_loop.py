@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from controller.ledger_schema import Kind, plan_of
-from protos.errors import InvalidMessage, StaleGeneration, UnknownDomain
-from protos.types import Step
+from protos.errors import InvalidMessage, StaleGeneration
 from tests.fakes_controller import (
-    DOMAINS,
     ODM,
     Clock,
     ScriptedPolicy,
+    alternating,
     bench,
     make_beat,
     make_report,
@@ -25,10 +22,6 @@ from tests.fakes_controller import (
     resume_at,
     small_run,
 )
-
-
-def _alternating(step: Step) -> Sequence[float]:
-    return (0.6, 0.2, 0.2) if step % 2 else (0.1, 0.1, 0.8)
 
 
 def test_a_generation_begins_with_lag_steps_sealed_under_the_plan_in_force(tmp_path: Path) -> None:
@@ -46,14 +39,14 @@ def test_a_generation_begins_with_lag_steps_sealed_under_the_plan_in_force(tmp_p
 def test_a_report_of_step_s_decides_the_plan_of_step_s_plus_lag(tmp_path: Path) -> None:
     async def scenario() -> None:
         config = small_run(tmp_path, control={"lag": 3})
-        with bench(config, policy=ScriptedPolicy(_alternating)) as controller:
+        with bench(config, policy=ScriptedPolicy(alternating)) as controller:
             await controller.join_all(1)
             for step in range(6):
                 await controller.report_step(step)
                 assert controller.state.sealed_through == step + 3
             assert [plan.first_step for plan in controller.plans] == [0, 3, 4, 5, 6, 7, 8]
             for plan in controller.plans[1:]:
-                assert plan.mixture.shares == pytest.approx(_alternating(plan.first_step))
+                assert plan.mixture.shares == pytest.approx(alternating(plan.first_step))
 
     asyncio.run(scenario())
 
@@ -89,7 +82,7 @@ def test_after_the_grace_time_a_decision_is_made_from_the_reports_that_are_there
     tmp_path: Path,
 ) -> None:
     async def scenario() -> None:
-        clock, policy = Clock(), ScriptedPolicy(_alternating)
+        clock, policy = Clock(), ScriptedPolicy(alternating)
         with bench(small_run(tmp_path), policy=policy, now=clock) as controller:
             await controller.join_all(2)
             await controller.service.report(make_report(controller.spec, rank=1, world_size=2))
@@ -111,7 +104,7 @@ def test_a_step_that_a_rank_waits_for_is_sealed_with_the_last_plan_if_nobody_rep
     tmp_path: Path,
 ) -> None:
     async def scenario() -> None:
-        clock, policy = Clock(), ScriptedPolicy(_alternating)
+        clock, policy = Clock(), ScriptedPolicy(alternating)
         with bench(small_run(tmp_path), policy=policy, now=clock) as controller:
             answer = await controller.join_all(2)
             waiting = make_beat(generation=answer.generation, needed_step=2)
@@ -131,7 +124,7 @@ def test_a_step_that_a_rank_waits_for_is_sealed_with_the_last_plan_if_nobody_rep
 
 def test_steps_that_workers_composed_without_a_seal_keep_the_last_plan(tmp_path: Path) -> None:
     async def scenario() -> None:
-        with bench(small_run(tmp_path), policy=ScriptedPolicy(_alternating)) as controller:
+        with bench(small_run(tmp_path), policy=ScriptedPolicy(alternating)) as controller:
             answer = await controller.join_all(1)
             alone = make_beat(generation=answer.generation, composed_through=4, degraded_steps=3)
             controller.workers.beat(alone)
@@ -170,7 +163,7 @@ def test_a_report_that_cannot_be_right_changes_nothing_and_says_where(
     tmp_path: Path, field: str, value: object
 ) -> None:
     async def scenario() -> None:
-        policy = ScriptedPolicy(_alternating)
+        policy = ScriptedPolicy(alternating)
         with bench(small_run(tmp_path), policy=policy) as controller:
             await controller.join_all(1)
             fields = {"step": 0, "rank": 0, field: value}
@@ -215,147 +208,11 @@ def test_a_report_that_comes_twice_counts_once(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.fault_row(31, "a policy that fails or proposes no mixture")
-@pytest.mark.parametrize("fault", ["exception", "nan", "negative", "shape"])
-def test_a_policy_that_fails_holds_the_last_plan_and_the_reason_is_written(
-    tmp_path: Path, fault: str, record_injections: Callable[..., None]
-) -> None:
-    def failing(step: Step) -> Sequence[float]:
-        if step != 3:
-            return _alternating(step)
-        if fault == "exception":
-            raise RuntimeError("no idea")
-        wrong = {"nan": (np.nan, 0.5, 0.5), "negative": (-1, 1, 1), "shape": (1.0,)}
-        return wrong[fault]
-
-    async def scenario() -> None:
-        with bench(small_run(tmp_path), policy=ScriptedPolicy(failing)) as controller:
-            await controller.join_all(1)
-            for step in range(4):
-                await controller.report_step(step)
-            # Step 3 keeps the mixture of step 2, and step 4 wants the same one.
-            assert [plan.first_step for plan in controller.plans] == [0, 2, 5]
-            assert (await controller.service.status()).held_decisions == 1
-            (row,) = controller.ledger.rows(Kind.STEP, min_step=1, max_step=1)
-            assert row.body["reasons"][0].startswith("hold: the policy")
-
-    asyncio.run(scenario())
-    record_injections(1, fault)
-
-
-def test_a_policy_that_overruns_its_budget_holds_the_plan_and_observes_in_order(
-    tmp_path: Path,
-) -> None:
-    free = threading.Event()
-
-    def slow(step: Step) -> Sequence[float]:
-        if step == 2:
-            free.wait(20)
-        return _alternating(step)
-
-    async def scenario() -> None:
-        policy = ScriptedPolicy(slow)
-        config = small_run(tmp_path, guard={"time_budget_s": 0.1})
-        with bench(config, policy=policy) as controller:
-            await controller.join_all(1)
-            await controller.report_step(0)
-            await controller.report_step(1)
-            assert controller.state.sealed_through == 3
-            assert (await controller.service.status()).held_decisions == 2
-            free.set()
-            await controller.service.snapshot_policy()
-            await controller.report_step(2)
-            assert [plan.first_step for plan in controller.plans] == [0, 4]
-            assert [observation.step for observation in policy.observed] == [0, 1, 2]
-
-    asyncio.run(scenario())
-
-
-def test_calls_are_answered_while_the_policy_thinks(tmp_path: Path) -> None:
-    free = threading.Event()
-
-    def slow(step: Step) -> Sequence[float]:
-        free.wait(20)
-        return _alternating(step)
-
-    async def scenario() -> None:
-        with bench(small_run(tmp_path), policy=ScriptedPolicy(slow)) as controller:
-            await controller.join_all(1)
-            await controller.service.report(make_report(controller.spec, step=0))
-            deciding = asyncio.create_task(controller.loop.advance())
-            async with asyncio.timeout(1):
-                await controller.service.report(make_report(controller.spec, step=1))
-                status = await controller.service.status()
-            assert status.sealed_through == 1
-            free.set()
-            await deciding
-            # What came meanwhile is decided and committed along.
-            assert (await controller.service.status()).sealed_through == 3
-
-    asyncio.run(scenario())
-
-
-def test_an_operator_overrides_from_the_step_that_the_call_returns_until_resume(
-    tmp_path: Path,
-) -> None:
-    async def scenario() -> None:
-        with bench(small_run(tmp_path), policy=ScriptedPolicy(_alternating)) as controller:
-            await controller.join_all(1)
-            await controller.report_step(0)
-            first = await controller.service.set_mixture({"code": 2, "books": 2})
-            assert first == 3
-            await controller.report_step(1)
-            await controller.report_step(2)
-            assert controller.state.newest_plan.first_step == first
-            assert list(controller.state.newest_plan.mixture.shares) == [0, 0.5, 0.5]
-            assert (await controller.service.status()).frozen
-            await controller.service.resume()
-            await controller.report_step(3)
-            assert controller.state.newest_plan.mixture.shares == pytest.approx(
-                _alternating(Step(5))
-            )
-
-    asyncio.run(scenario())
-
-
-def test_freeze_holds_the_mixture_until_resume_and_outlives_a_restart(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        config = small_run(tmp_path)
-        with bench(config, policy=ScriptedPolicy(_alternating)) as controller:
-            await controller.join_all(1)
-            await controller.service.freeze()
-            await controller.report_step(0)
-            assert len(controller.plans) == 1
-        with bench(config, policy=ScriptedPolicy(_alternating)) as controller:
-            assert (await controller.service.status()).frozen
-            await controller.join_all(1, attempt="b")
-            await controller.service.resume()
-            await controller.report_step(0)
-            await controller.report_step(1)
-            assert [plan.first_step for plan in controller.plans] == [0, 3]
-
-    asyncio.run(scenario())
-
-
-@pytest.mark.parametrize("shares", [{}, {"web": 0.0}, {"web": -1.0}, {"web": float("nan")}])
-def test_an_override_that_is_no_mixture_is_refused(
-    tmp_path: Path, shares: dict[str, float]
-) -> None:
-    async def scenario() -> None:
-        with bench(small_run(tmp_path)) as controller:
-            with pytest.raises(InvalidMessage):
-                await controller.service.set_mixture(shares)
-            with pytest.raises(UnknownDomain, match=", ".join(DOMAINS)):
-                await controller.service.set_mixture({"wbe": 1.0})
-
-    asyncio.run(scenario())
-
-
 def test_a_resumed_generation_replays_the_plans_and_asks_the_policy_nothing_twice(
     tmp_path: Path,
 ) -> None:
     async def scenario() -> None:
-        policy = ScriptedPolicy(_alternating)
+        policy = ScriptedPolicy(alternating)
         with bench(small_run(tmp_path), policy=policy) as controller:
             await controller.join_all(1)
             for step in range(8):
@@ -378,7 +235,7 @@ def test_a_resumed_generation_replays_the_plans_and_asks_the_policy_nothing_twic
 
 def test_every_plan_is_in_the_ledger_before_it_is_announced(tmp_path: Path) -> None:
     async def scenario() -> None:
-        with bench(small_run(tmp_path), policy=ScriptedPolicy(_alternating)) as controller:
+        with bench(small_run(tmp_path), policy=ScriptedPolicy(alternating)) as controller:
             await controller.join_all(1)
             for step in range(5):
                 await controller.report_step(step)
@@ -390,7 +247,7 @@ def test_every_plan_is_in_the_ledger_before_it_is_announced(tmp_path: Path) -> N
 
 def test_a_drained_controller_decides_no_more_but_records(tmp_path: Path) -> None:
     async def scenario() -> None:
-        with bench(small_run(tmp_path), policy=ScriptedPolicy(_alternating)) as controller:
+        with bench(small_run(tmp_path), policy=ScriptedPolicy(alternating)) as controller:
             await controller.join_all(1)
             await controller.service.report(make_report(controller.spec, step=0))
             await controller.service.drain()
