@@ -34,7 +34,13 @@ test-long: install
 # build/faults/table.md, a line for each row of the table of faults and test.
 .PHONY: faults
 faults: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'faults and not soak' --timeout 600 --fault-table build/faults/table.md $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults --timeout 600 --fault-table build/faults/table.md $(ARGS)
+
+# An hour of a run under random faults, ARGS='--seconds N --seed S': memory, descriptors and threads
+# of each process, then the offline checks. Writes build/soak/soak.json, samples.jsonl, soak.png.
+.PHONY: soak
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(ARGS)
 
 # The loaders that ours is measured beside, in an environment of their own.
 .venv-bench/.installed: tests/benchmarks/peers.txt

@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +19,7 @@ import torch
 
 import trainer_client
 from deploy.training import RECEIVED
+from deploy.whole_file import write_whole
 from protos.types import ReportAnswer, StepReport
 from trainer_client.session import Session
 
@@ -46,8 +47,18 @@ class EventLog:
         self._file.close()
 
 
-def train(session: Session, log: EventLog, *, until: int, step_s: float) -> None:
-    """Take steps up to `until`, each of `step_s` at least; log every one of them."""
+def train(
+    session: Session,
+    log: EventLog,
+    *,
+    until: int,
+    step_s: float,
+    checkpoint: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Take steps up to `until`, each of `step_s` at least; log every one of them.
+
+    `checkpoint` is called after each, with the step that comes next.
+    """
     _log_answers(session, log)
     began = time.monotonic()
     for batch in session.batches(micro_batch=64):
@@ -69,6 +80,7 @@ def train(session: Session, log: EventLog, *, until: int, step_s: float) -> None
             step_s=ended - began,
         )
         began = ended
+        checkpoint(batch.step + 1)
         if batch.step + 1 >= until:
             return
 
@@ -103,12 +115,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
     parser.add_argument("--step-s", type=float, default=0.0, help="what a step takes at least")
     parser.add_argument("--resume", type=Path, help="a state that `--state` wrote")
-    parser.add_argument("--state", type=Path, help="where to write the state at the end")
+    parser.add_argument(
+        "--state", type=Path, help="where to write the state at the end; `{rank}` stands for it"
+    )
+    parser.add_argument("--state-every", type=int, default=0, help="write it after so many steps")
     parser.add_argument("--timeout-s", type=float, default=60.0)
     options = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level="INFO")
     torch.set_num_threads(1)
     log = EventLog(options.out / EVENTS, options.rank)
+    fields = {"rank": options.rank}
     resume = None if options.resume is None else json.loads(options.resume.read_text())
     try:
         with trainer_client.connect(
@@ -120,9 +136,21 @@ def main() -> int:
             delivery_log=options.out / RECEIVED,
         ) as session:
             log.write("joined", generation=session.generation, first_step=session.first_step)
-            train(session, log, until=options.until, step_s=options.step_s)
-            if options.state is not None:
-                options.state.write_text(json.dumps(session.state_dict()))
+            state = None if options.state is None else Path(str(options.state).format(**fields))
+
+            def checkpoint(step: int) -> None:
+                if state is not None and options.state_every and step % options.state_every == 0:
+                    write_whole(state, json.dumps(session.state_dict()))
+
+            train(
+                session,
+                log,
+                until=options.until,
+                step_s=options.step_s,
+                checkpoint=checkpoint,
+            )
+            if state is not None:
+                write_whole(state, json.dumps(session.state_dict()))
         log.write("ended", sent=session.reports_sent, dropped=session.reports_dropped)
     except trainer_client.HeadraceError as error:
         log.write("failed", error=type(error).__name__, says=str(error))
