@@ -42,6 +42,11 @@ faults: install
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(ARGS)
 
+# The pinned packages as a CycloneDX bill of materials. Writes build/sbom.json.
+.PHONY: sbom
+sbom: install
+	$(BIN)/python -m tests.supply.sbom build/sbom.json
+
 # The loaders that ours is measured beside, in an environment of their own.
 .venv-bench/.installed: tests/benchmarks/peers.txt
 	$(PYTHON) -m venv .venv-bench

@@ -1,0 +1,1 @@
+"""What the project is made of: its packages, listed for those who audit them."""
