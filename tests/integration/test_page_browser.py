@@ -199,8 +199,10 @@ def test_who_has_the_join_token_looks_and_steers_nothing(browser: Browser, tmp_p
             browser.run("document.getElementById('token').value = arguments[0]", token)
             browser.run("document.querySelector('button').click()")
             if may_steer is None:
-                alert = "return getComputedStyle(document.getElementById('refused')).display"
-                browser.until(f"{alert} === 'block'")
+                browser.until(
+                    "const alert = document.getElementById('refused');"
+                    "return alert && getComputedStyle(alert).display === 'block'"
+                )
                 continue
             browser.until(_SHOWN, 3)
             assert browser.run("return !document.getElementById('actions').hidden") is may_steer
