@@ -19,11 +19,8 @@ from protos.security import Security
 _EXIT_FAILED = 1
 
 
-def main() -> int:
-    """Serve until SIGTERM or SIGINT; return the exit status.
-
-    The first signal has the lanes handed to other workers, a second one ends at once.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m loader_workers", description=__doc__)
     parser.add_argument("--controller", required=True, metavar="HOST:PORT")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="folder for token shards")
@@ -44,7 +41,15 @@ def main() -> int:
     )
     _add_security(parser)
     parser.add_argument("--log-format", choices=FORMATS, help="default: HEADRACE_LOG_FORMAT, text")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Serve until SIGTERM or SIGINT; return the exit status.
+
+    The first signal has the lanes handed to other workers, a second one ends at once.
+    """
+    arguments = make_parser().parse_args()
     # One thread a shard: `--threads` alone says how many cores tokenizing may take.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stop, hurry = threading.Event(), threading.Event()
