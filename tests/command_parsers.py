@@ -54,10 +54,10 @@ def _check(words: list[str]) -> None:
     _CHECKS[name](words[1:])
 
 
-_ERRORS = tuple(
+_ERRORS: tuple[type[Exception], ...] = tuple(
     kind
     for kind in (*click.BadParameter.__mro__, *typer.BadParameter.__mro__)
-    if kind.__name__ == "ClickException"
+    if kind.__name__ == "ClickException" and issubclass(kind, Exception)
 )
 """Newer typers bring a click of their own."""
 
