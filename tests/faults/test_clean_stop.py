@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -59,6 +59,14 @@ def _stop_at_random(folder: Path, draw: random.Random, *, moment_s: float) -> li
         with reading_ledger(folder / LEDGER) as database:
             verify(database, folder / LEDGER)
     return took
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Undo what a shell does to background jobs: it has them, and all they start, ignore SIGINT."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
 
 
 def _stop_often(tmp_path: Path, moments: int, record: Callable[..., None]) -> None:
