@@ -47,6 +47,17 @@ soak: install
 sbom: install
 	$(BIN)/python -m tests.supply.sbom build/sbom.json
 
+# The pinned packages against the advisories that are published; fails where one applies, and where
+# none can be looked up. In an environment of its own.
+.PHONY: audit
+audit: .venv-audit/.installed
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off
+
+.venv-audit/.installed:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	touch $@
+
 # The loaders that ours is measured beside, in an environment of their own.
 .venv-bench/.installed: tests/benchmarks/peers.txt
 	$(PYTHON) -m venv .venv-bench
