@@ -102,6 +102,8 @@ def test_every_answer_has_the_headers_that_keep_scripts_and_frames_out() -> None
         headers = _client().get(path).headers
         assert headers["content-security-policy"].startswith("default-src 'self';")
         assert "unsafe" not in headers["content-security-policy"]
+        # With no-referrer the log-in form would come with the Origin `null`, and be refused.
+        assert headers["referrer-policy"] == "same-origin"
         assert headers["x-frame-options"] == "DENY"
         assert headers["x-content-type-options"] == "nosniff"
         assert "access-control-allow-origin" not in headers
