@@ -75,12 +75,13 @@ class Watcher:
 def _training(address: str, first_step: int) -> Iterator[None]:
     """Have a rank report steps for as long as the block lasts."""
     worker, over = Worker(address), threading.Event()
-    worker.client.join(join_request(0, 1, resume=resume_at(first_step, worker.spec)))
+    resume = resume_at(first_step, worker.spec)
+    generation = worker.client.join(join_request(0, 1, resume=resume)).generation
 
     def report() -> None:
         step = first_step
         while not over.wait(STEP_S):
-            worker.client.report(make_report(worker.spec, generation=1, step=step))
+            worker.client.report(make_report(worker.spec, generation=generation, step=step))
             step += 1
 
     reporting = threading.Thread(target=report)
