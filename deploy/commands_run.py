@@ -125,15 +125,23 @@ def run(
 
 @told
 def doctor(
+    run_file: Annotated[
+        Path | None, typer.Argument(help="A run file: its data, folders, ports and secrets too.")
+    ] = None,
     address: Annotated[
-        str, typer.Option(help="The address that the controller is to serve.")
-    ] = "127.0.0.1:7700",
+        str | None,
+        typer.Option(
+            help="The address that the controller is to serve. Default: the run file's, or "
+            "127.0.0.1:7700."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Say what would stop a run on this machine, and the remedy; exit code 2 if something would."""
-    from deploy.doctor import examine_machine, print_findings
+    from deploy.doctor import print_findings
+    from deploy.doctor_report import examine
 
-    findings = examine_machine(address)
+    findings = examine(run_file, address)
     if as_json:
         print(json.dumps([finding.as_json() for finding in findings], indent=2))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import resource
 import shutil
 import socket
@@ -25,6 +26,7 @@ _PACKAGES = {
     "server": ("grpcio", "numpy", "protobuf", "pyarrow", "pydantic", "ray", "tokenizers", "torch"),
     "local": ("matplotlib", "transformers"),
 }
+_LOWEST = re.compile(r"(?P<name>[\w-]+)(?:\[[\w,]*\])?>=(?P<version>[\d.]+)")
 _MIN_SHM_BYTES = 128 << 20
 _MIN_FILES = 1024
 _MIN_MEMORY_BYTES = 3 << 30
@@ -55,7 +57,8 @@ def examine_machine(address: str) -> list[Finding]:
     return [
         _python(),
         *_packages(),
-        _port(address),
+        _versions(),
+        examine_port("port", address),
         _shared_memory(),
         _open_files(),
         _socket_path(),
@@ -65,7 +68,8 @@ def examine_machine(address: str) -> list[Finding]:
     ]
 
 
-def _verdict(what: str, found: str, *, ok: bool, remedy: str, stops: bool = True) -> Finding:
+def verdict(what: str, found: str, *, ok: bool, remedy: str, stops: bool = True) -> Finding:
+    """Return a finding; `remedy` and `stops` count if it is not `ok`."""
     return Finding(
         what=what, found=found, ok=ok, stops=stops and not ok, remedy="" if ok else remedy
     )
@@ -73,7 +77,7 @@ def _verdict(what: str, found: str, *, ok: bool, remedy: str, stops: bool = True
 
 def _python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
-    return _verdict(
+    return verdict(
         "Python", version, ok=sys.version_info >= (3, 11), remedy="use Python 3.11 or newer"
     )
 
@@ -82,12 +86,44 @@ def _packages() -> Iterator[Finding]:
     for extra, names in _PACKAGES.items():
         versions = {name: _version(name) for name in names}
         missing = [name for name, version in versions.items() if version is None]
-        yield _verdict(
+        yield verdict(
             f"packages of headrace[{extra}]",
             ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items()),
             ok=not missing,
             remedy=f"pip install 'headrace[{extra}]'",
         )
+
+
+def _versions() -> Finding:
+    """Hold what is installed against the lowest versions that Headrace's own metadata names."""
+    try:
+        requires = importlib.metadata.requires("headrace") or []
+    except importlib.metadata.PackageNotFoundError:
+        return verdict("versions", "headrace runs from its sources", ok=True, remedy="")
+    return judge_versions(requires)
+
+
+def judge_versions(requires: Iterable[str]) -> Finding:
+    """Say which packages are older than `NAME>=VERSION` asks; others than ours do not count."""
+    ours = {name for names in _PACKAGES.values() for name in names}
+    old = set()
+    for each in requires:
+        found = _LOWEST.match(each)
+        if found is None or found["name"] not in ours:
+            continue
+        version = _version(found["name"])
+        if version is not None and _numbers(version) < _numbers(found["version"]):
+            old.add(f"{found['name']} {version} (needed: {found['version']})")
+    return verdict(
+        "versions",
+        ", ".join(sorted(old)) or "all new enough",
+        ok=not old,
+        remedy="pip install --upgrade 'headrace[local]'",
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 def _version(package: str) -> str | None:
@@ -97,11 +133,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _port(address: str) -> Finding:
+def examine_port(what: str, address: str) -> Finding:
+    """Say whether a port can be bound."""
     try:
         host, port = split_address(address)
     except ConfigError as error:
-        return _verdict("address", str(error), ok=False, remedy="give --address HOST:PORT")
+        return verdict(what, str(error), ok=False, remedy="give --address HOST:PORT")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.socket(family) as probe:
@@ -109,8 +146,8 @@ def _port(address: str) -> Finding:
             probe.bind((host.strip("[]"), port))
     except OSError as error:
         remedy = "stop what serves there, or set another `address` (port 0: any free one)"
-        return _verdict("port", f"{address}: {error.strerror}", ok=False, remedy=remedy)
-    return _verdict("port", f"{address} is free", ok=True, remedy="")
+        return verdict(what, f"{address}: {error.strerror}", ok=False, remedy=remedy)
+    return verdict(what, f"{address} is free", ok=True, remedy="")
 
 
 def _shared_memory() -> Finding:
@@ -118,18 +155,18 @@ def _shared_memory() -> Finding:
         num_bytes = shutil.disk_usage("/dev/shm").free
     except OSError:
         num_bytes = 0
-    return _verdict(
+    return verdict(
         "/dev/shm",
-        f"{_size(num_bytes)} free",
+        f"{say_size(num_bytes)} free",
         ok=num_bytes >= _MIN_SHM_BYTES,
-        remedy=f"Ray wants {_size(_MIN_SHM_BYTES)}; in a container: --shm-size=1g",
+        remedy=f"Ray wants {say_size(_MIN_SHM_BYTES)}; in a container: --shm-size=1g",
     )
 
 
 def _open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = "no limit" if hard == resource.RLIM_INFINITY else str(hard)
-    return _verdict(
+    return verdict(
         "open files",
         f"{soft}, may be raised to {limit}",
         ok=hard == resource.RLIM_INFINITY or hard >= _MIN_FILES,
@@ -142,7 +179,7 @@ def _socket_path() -> Finding:
     length = len(os.fsencode(base)) + _RAY_SOCKET_SUFFIX
     # The harness falls back to /tmp by itself.
     fallback = os.access("/tmp", os.W_OK)
-    return _verdict(
+    return verdict(
         "socket paths",
         f"{length} of {_MAX_SOCKET_PATH} bytes below {base}",
         ok=length <= _MAX_SOCKET_PATH or fallback,
@@ -152,11 +189,11 @@ def _socket_path() -> Finding:
 
 def _memory() -> Finding:
     available = _available_memory(Path("/proc/meminfo").read_text().splitlines())
-    return _verdict(
+    return verdict(
         "memory",
-        f"{_size(available)} available",
+        f"{say_size(available)} available",
         ok=available >= _MIN_MEMORY_BYTES,
-        remedy=f"a local run with the tiny model wants about {_size(_MIN_MEMORY_BYTES)}",
+        remedy=f"a local run with the tiny model wants about {say_size(_MIN_MEMORY_BYTES)}",
         stops=False,
     )
 
@@ -170,18 +207,18 @@ def _available_memory(lines: Iterable[str]) -> int:
 
 def _disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free
-    return _verdict(
+    return verdict(
         "disk",
-        f"{_size(free)} free in {Path.cwd()}",
+        f"{say_size(free)} free in {Path.cwd()}",
         ok=free >= _MIN_DISK_BYTES,
-        remedy=f"a run's folder wants about {_size(_MIN_DISK_BYTES)}; give --out elsewhere",
+        remedy=f"a run's folder wants about {say_size(_MIN_DISK_BYTES)}; give --out elsewhere",
         stops=False,
     )
 
 
 def _cores() -> Finding:
     num_cores = len(os.sched_getaffinity(0))
-    return _verdict(
+    return verdict(
         "cores",
         str(num_cores),
         ok=num_cores >= 2,
@@ -190,7 +227,8 @@ def _cores() -> Finding:
     )
 
 
-def _size(num_bytes: int) -> str:
+def say_size(num_bytes: int) -> str:
+    """Write a number of bytes for a person."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes >> 20} MiB"
 
 
