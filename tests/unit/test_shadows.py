@@ -172,6 +172,13 @@ def _policies(made: Bench) -> list[Policy]:
     return [shadow.policy for shadow in made.shadows._shadows]
 
 
+async def _states(made: Bench) -> list[Any]:
+    """Ask on the policies' own thread, behind what they are still at."""
+    thread = made.shadows._thread
+    assert thread is not None
+    return await thread.call(lambda: [policy.state() for policy in _policies(made)])
+
+
 @pytest.mark.parametrize("last", [5, 10, 17])
 def test_restarted_shadows_go_on_where_they_were(tmp_path: Path, last: int) -> None:
     """With a snapshot after 10 steps, or without one."""
@@ -183,7 +190,7 @@ def test_restarted_shadows_go_on_where_they_were(tmp_path: Path, last: int) -> N
             await _train(made, range(last))
             await made.loop.finish_saving()
             await _until(made, lambda: True)
-            return [policy.state() for policy in _policies(made)]
+            return await _states(made)
 
     async def after() -> list[Any]:
         with bench(config) as made:
@@ -192,7 +199,7 @@ def test_restarted_shadows_go_on_where_they_were(tmp_path: Path, last: int) -> N
                     lambda: list(past.shadow_records_after(made.ledger, step))
                 )
             )
-            return [policy.state() for policy in _policies(made)]
+            return await _states(made)
 
     wanted = asyncio.run(before())
     folder = config.snapshots_path / "shadows" / "odm-2"
