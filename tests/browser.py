@@ -45,6 +45,11 @@ class Browser:
         told = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
         return [entry["message"] for entry in told]
 
+    def leave(self) -> None:
+        """Leave the page, and forget what it said: its controller may be gone since."""
+        self.driver.get("about:blank")
+        self.complaints()
+
     def violations(self) -> list[str]:
         """Return what axe finds wrong with the page for those who cannot see it or use a mouse."""
         source = AXE.read_text(encoding="utf-8")

@@ -46,6 +46,7 @@ def _site(
 
 def _open(browser: Browser, site: Served, *, width: int = 1440, dark: bool = False) -> None:
     browser.look(width=width, dark=dark)
+    browser.leave()
     browser.driver.get(site.page)
     browser.until(_SHOWN, DOMAINS)
     browser.until("return document.querySelectorAll('#decision .flow').length")
@@ -138,6 +139,7 @@ def test_a_mixture_is_set_by_hand_after_a_preview(browser: Browser, tmp_path: Pa
     write_course(config, 10, align_every=2)
     with served(tmp_path / "run.yaml") as site:
         browser.look(width=1440)
+        browser.leave()
         browser.driver.get(site.page)
         browser.until(_SHOWN, 3)
         browser.run("document.getElementById('override').click()")
@@ -168,6 +170,7 @@ def test_a_step_is_on_the_screen_within_a_second(browser: Browser, tmp_path: Pat
         with closing(worker):
             worker.client.join(join_request(0, 1))
             browser.look(width=1440)
+            browser.leave()
             browser.driver.get(site.page)
             browser.until("return document.getElementById('live-text').textContent === 'live'")
             waits = []

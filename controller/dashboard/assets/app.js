@@ -18,7 +18,7 @@ async function begin() {
   byId("progress").max = run.num_steps;
   byId("step-number").max = run.num_steps - 1;
   byId("logout").hidden = !run.has_session;
-  new Page(run).listen();
+  new Page(run).follow();
 }
 
 class Page {
@@ -26,6 +26,7 @@ class Page {
     this.run = run;
     this.store = new Store(run);
     this.status = null;
+    this.events = null;
     this.inspected = null; // a step; null: the newest
     this.hovered = null;
     this.kind = "planned";
@@ -88,14 +89,39 @@ class Page {
     this.legend.show(this.step, this.kind);
   }
 
+  /** Hear the controller while the page is seen: a browser has six connections to spare, for all
+   * its tabs and the pages that it keeps to go back to. */
+  follow() {
+    const look = () => {
+      if (document.visibilityState === "visible") this.listen();
+      else this.rest();
+    };
+    document.addEventListener("visibilitychange", look);
+    addEventListener("pageshow", look);
+    addEventListener("pagehide", () => this.rest());
+    look();
+  }
+
+  rest() {
+    this.events?.close();
+    this.events = null;
+  }
+
   listen() {
+    if (this.events) return;
     const events = new EventSource("/api/events");
+    this.events = events;
     events.addEventListener("points", (event) => this.takePoints(JSON.parse(event.data)));
     events.addEventListener("status", (event) => this.takeStatus(JSON.parse(event.data)));
-    events.onopen = () => this.tellLive(true);
+    events.onopen = () => {
+      this.store.epoch = -1; // what happened meanwhile is asked for
+      this.tellLive(true);
+    };
     events.onerror = () => {
       this.tellLive(false);
-      if (events.readyState === EventSource.CLOSED) setTimeout(() => this.listen(), RETRY_MS);
+      if (events.readyState !== EventSource.CLOSED || this.events !== events) return;
+      this.events = null;
+      setTimeout(() => document.visibilityState === "visible" && this.listen(), RETRY_MS);
     };
   }
 
