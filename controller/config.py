@@ -11,7 +11,6 @@ import yaml
 from pydantic import (
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -19,7 +18,7 @@ from controller.config_cluster import ClusterSection, WorkersSection
 from controller.config_dashboard import DashboardSection
 from controller.config_errors import first_sentence
 from controller.config_metrics import MetricsSection, check_scraping
-from controller.config_section import Section
+from controller.config_section import Address, Section
 from controller.config_security import SecuritySection
 from controller.guard import GuardConfig
 from controller.policy.base import Statistic
@@ -27,7 +26,7 @@ from controller.policy.config import PolicyConfig, ScheduleConfig
 from protos.apportion import MAX_GLOBAL_SEQUENCES
 from protos.dataset_index import DatasetIndex
 from protos.errors import ConfigError, DomainEmpty, IndexMismatch
-from protos.security import Security, check_bind, split_address
+from protos.security import Security, check_bind
 from protos.spec import NORMS_ONLY, STOP, ProbeSpec, RunSpec, ValidationSpec
 from protos.tokenizer import TokenizerInfo
 
@@ -154,7 +153,7 @@ class RunConfig(Section):
     seed: Whole = 0
     steps: Count
     out: Path
-    address: str = "127.0.0.1:7700"
+    address: Address = "127.0.0.1:7700"
     """`host:port`; port 0 takes any free one."""
 
     data: DataSection
@@ -173,15 +172,6 @@ class RunConfig(Section):
     metrics: MetricsSection = MetricsSection()
     dashboard: DashboardSection | None = None
     """The live page; None: there is none."""
-
-    @field_validator("address")
-    @classmethod
-    def _is_an_address(cls, address: str) -> str:
-        try:
-            split_address(address)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        return address
 
     @model_validator(mode="after")
     def _is_guarded(self) -> RunConfig:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from pydantic import field_validator
-
-from controller.config_section import Section
-from protos.errors import ConfigError
+from controller.config_section import Address, Section
 from protos.security import Security, split_address
 
 DEFAULT_ADDRESS = "127.0.0.1:7780"
@@ -16,20 +13,11 @@ DEFAULT_ADDRESS = "127.0.0.1:7780"
 class DashboardSection(Section):
     """Where the live page is served. `security` guards it like the controller's port."""
 
-    address: str = DEFAULT_ADDRESS
+    address: Address = DEFAULT_ADDRESS
     """`host:port`; port 0 takes any free one."""
 
     hosts: tuple[str, ...] = ()
     """Names under which browsers come, beside this machine's own, e.g. those of a proxy."""
-
-    @field_validator("address")
-    @classmethod
-    def _is_an_address(cls, address: str) -> str:
-        try:
-            split_address(address)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        return address
 
     def url(self, security: Security, port: int | None = None) -> str:
         """Return where a browser finds the page; `port` is the real one where that was open."""

@@ -4,33 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import field_validator
-
-from controller.config_section import Section
+from controller.config_section import Address, Section
 from controller.config_security import Absolute
 from protos.errors import ConfigError
-from protos.security import Security, is_loopback, split_address
+from protos.security import Security, is_loopback
 
 
 class MetricsSection(Section):
     """An HTTP endpoint, `/metrics`, in the text formats of Prometheus and OpenMetrics."""
 
-    address: str | None = None
+    address: Address | None = None
     """`host:port`; port 0 takes any free one. None: there is no endpoint."""
 
     token_file: Absolute | None = None
     """Its token lets Prometheus read the figures, and nothing else. None: the admin token does,
     where there is one."""
-
-    @field_validator("address")
-    @classmethod
-    def _is_an_address(cls, address: str | None) -> str | None:
-        if address is not None:
-            try:
-                split_address(address)
-            except ConfigError as error:
-                raise ValueError(str(error)) from None
-        return address
 
     def token_of(self, security: Security) -> Path | None:
         """Return the file of the token that is asked for; None: whoever reaches it may read."""

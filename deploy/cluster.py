@@ -209,13 +209,12 @@ def _ask(pending: Any, name: str) -> Any:
     """
     import ray
 
+    from deploy.placing import not_placed
+
     try:
         return ray.get(pending, timeout=2 * _CALL_S)
     except ray.exceptions.GetTimeoutError:
-        raise NotReady(
-            f"no node took the {name} within {2 * _CALL_S:g} s: it stays on the head node, or "
-            "where cluster.controller_labels say; `ray status` shows what is there"
-        ) from None
+        raise not_placed(name, 2 * _CALL_S) from None
     except ray.exceptions.RayActorError as error:
         raise NotReady(f"the {name} has died: {_first_cause(str(error))}") from error
 

@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from deploy.accounting import ExpectedOrder, Place
@@ -186,14 +185,8 @@ class ShardContents(ShardOrder):
     def all_documents(self, domain: str) -> Iterator[Document]:
         """Return what a domain's shards hold, in their own order."""
         spec, tokenizer = self._dataset.spec, self._dataset.tokenizer
-        converter = Converter(
-            tokenize=make_tokenize(tokenizer) if tokenizer is not None else None,
-            text_field=spec.text_field,
-            vocab_size=spec.vocab_size,
-            eot_id=spec.eot_id,
-            dtype=spec.token_dtype,
-            samples_folder=Path(spec.samples_folder) if spec.samples_folder else None,
-            on_damage=spec.on_damage,
+        converter = Converter.of_run(
+            spec, make_tokenize(tokenizer) if tokenizer is not None else None
         )
         for shard in self._dataset.index.shards(domain):
             if not shard.num_samples:

@@ -23,7 +23,14 @@ from controller.config import RunConfig
 from deploy.actors import START_TIMEOUT_S, WatchedActor
 from deploy.autoscale import Autoscaler, Sample
 from deploy.node_actors import AtNode
-from deploy.placing import ClusterMaker, Places, actors_of, controller_of, worker_numbers
+from deploy.placing import (
+    ClusterMaker,
+    Places,
+    actors_of,
+    controller_of,
+    not_placed,
+    worker_numbers,
+)
 from deploy.pool import WorkerPool
 from deploy.runfile import ADDRESS
 from deploy.whole_file import write_whole
@@ -171,10 +178,7 @@ class Keeper(AtNode):
         try:
             return str(ray.get(actor.serves_at.remote(), timeout=START_TIMEOUT_S))
         except ray.exceptions.GetTimeoutError:
-            raise NotReady(
-                f"no node took the controller within {START_TIMEOUT_S:g} s: it stays on the head "
-                "node, or where cluster.controller_labels say; `ray status` shows what is there"
-            ) from None
+            raise not_placed("controller", START_TIMEOUT_S) from None
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
 

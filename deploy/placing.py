@@ -19,6 +19,7 @@ from controller.config import RunConfig
 from controller.config_cluster import ClusterSection
 from deploy.node_actors import ControllerOnNode, LoaderOnNode
 from loader_workers.worker import WorkerSettings
+from protos.errors import NotReady
 
 CONTROLLER = "controller"
 KEEPER = "keeper"
@@ -28,6 +29,14 @@ _HEAD = {"node:__internal_head__": 0.001}
 """Ray gives this resource to the head node."""
 
 _GONE = ("REMOVED",)
+
+
+def not_placed(name: str, timeout_s: float) -> NotReady:
+    """Return what to say of an actor of the head node that does not start."""
+    return NotReady(
+        f"no node took the {name} within {timeout_s:g} s: it stays on the head node, or where "
+        "cluster.controller_labels say; `ray status` shows what is there"
+    )
 
 
 def namespace(run: str) -> str:

@@ -47,7 +47,6 @@ class RunRecord:
     """How often each kind of event happened."""
 
     first_time_s: float
-    last_time_s: float
 
     def loss(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Return the steps and, [steps, domains], the losses; NaN where a step had none."""
@@ -98,7 +97,6 @@ def read_record(path: Path) -> RunRecord:
         quarantines=tuple(sorted(quarantines, key=lambda q: (q.domain, q.shard, q.sample))),
         events=Counter(str(row.body["event"]) for row in _of(rows, Kind.EVENT)),
         first_time_s=min(times, default=0.0),
-        last_time_s=max(times, default=0.0),
     )
 
 

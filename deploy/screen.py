@@ -10,7 +10,7 @@ from rich.text import Text
 
 from protos.status import RunStatus, WorkerStatus
 
-PLAIN_WIDTH, PLAIN_HEIGHT = 80, 24
+PLAIN_WIDTH = 80
 _MOST_IN_LINE = 8
 """Domains that a line names."""
 

@@ -18,7 +18,7 @@ from loader_workers.shard_file import open_shard
 from loader_workers.tokenize import Tokenize
 from protos.dataset_index import ShardRef
 from protos.errors import ConfigError, DataError, ShardUnreadable
-from protos.spec import QUARANTINE_SHARD, SKIP_SAMPLE
+from protos.spec import QUARANTINE_SHARD, SKIP_SAMPLE, RunSpec
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,19 @@ class Converter:
 
     on_damage: str = SKIP_SAMPLE
     remote: Remote = REMOTE
+
+    @classmethod
+    def of_run(cls, spec: RunSpec, tokenize: Tokenize | None) -> Converter:
+        """Return the converter that all who read a run's shards must share."""
+        return cls(
+            tokenize=tokenize,
+            text_field=spec.text_field,
+            vocab_size=spec.vocab_size,
+            eot_id=spec.eot_id,
+            dtype=spec.token_dtype,
+            samples_folder=Path(spec.samples_folder) if spec.samples_folder else None,
+            on_damage=spec.on_damage,
+        )
 
     def convert(self, shard: ShardRef) -> Documents:
         """Read, check and tokenize a shard.

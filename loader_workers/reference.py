@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,15 +31,7 @@ class Reference:
     def __init__(self, spec: RunSpec, index: DatasetIndex, tokenize: Tokenize | None) -> None:
         self._spec = spec
         self._index = index
-        self._converter = Converter(
-            tokenize=tokenize,
-            text_field=spec.text_field,
-            vocab_size=spec.vocab_size,
-            eot_id=spec.eot_id,
-            dtype=spec.token_dtype,
-            samples_folder=Path(spec.samples_folder) if spec.samples_folder else None,
-            on_damage=spec.on_damage,
-        )
+        self._converter = Converter.of_run(spec, tokenize)
         self._documents: dict[tuple[str, int], list[Tokens]] = {}
 
     def num_windows(self, domain: str, lane: Lane, epoch: int) -> int:

@@ -227,14 +227,8 @@ class Worker:
         spec = inputs.spec
         index = DatasetIndex.from_parquet(inputs.index, source="the controller's dataset index")
         check_tokenized(index, has_tokenizer=bool(inputs.tokenizer))
-        converter = Converter(
-            tokenize=make_tokenize(inputs.tokenizer) if inputs.tokenizer else None,
-            text_field=spec.text_field,
-            vocab_size=spec.vocab_size,
-            eot_id=spec.eot_id,
-            dtype=spec.token_dtype,
-            samples_folder=Path(spec.samples_folder) if spec.samples_folder else None,
-            on_damage=spec.on_damage,
+        converter = Converter.of_run(
+            spec, make_tokenize(inputs.tokenizer) if inputs.tokenizer else None
         )
         cache = self._opened.enter_context(
             ShardCache(

@@ -153,14 +153,7 @@ def make_source(
     window_bytes: int = WINDOW_BYTES,
 ) -> Iterator[WindowSource]:
     """Open an index through a cache, as a worker does."""
-    converter = Converter(
-        tokenize=make_tokenize(tokenizer) if tokenizer else None,
-        text_field=spec.text_field,
-        vocab_size=spec.vocab_size,
-        eot_id=spec.eot_id,
-        dtype=spec.token_dtype,
-        samples_folder=Path(spec.samples_folder) if spec.samples_folder else None,
-    )
+    converter = Converter.of_run(spec, make_tokenize(tokenizer) if tokenizer else None)
     with (
         ShardCache(
             cache_dir,

@@ -90,15 +90,7 @@ class PreparedData:
     def cache(self, spec: RunSpec) -> ShardCache:
         """Open the cache of token shards that all trials share."""
         data = self.tokenizer.read_bytes()
-        converter = Converter(
-            tokenize=make_tokenize(data),
-            text_field=spec.text_field,
-            vocab_size=spec.vocab_size,
-            eot_id=spec.eot_id,
-            dtype=spec.token_dtype,
-            samples_folder=Path(spec.samples_folder),
-            on_damage=spec.on_damage,
-        )
+        converter = Converter.of_run(spec, make_tokenize(data))
         return ShardCache(
             self.folder / _CACHE,
             budget_bytes=_CACHE_BYTES,

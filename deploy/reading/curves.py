@@ -82,7 +82,6 @@ class Curves:
     num_plans: int = 0
     num_superseded: int = 0
     first_time_s: float = 0.0
-    last_time_s: float = 0.0
 
     @property
     def steps(self) -> Array:
@@ -183,7 +182,6 @@ class _Reader:
     def take(self, row: Row) -> None:
         curves = self._curves
         curves.first_time_s = curves.first_time_s or row.time_s
-        curves.last_time_s = row.time_s
         if row.kind is Kind.STEP:
             self._step(row)
         elif row.kind is Kind.SHADOW:

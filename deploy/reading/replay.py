@@ -212,15 +212,7 @@ def _otherwise(view: LedgerView, steps: range, book: PlanBook) -> list[int]:
 
 def _open_cache(config: RunConfig, dataset: Dataset, folder: Path) -> ShardCache:
     spec, tokenizer = dataset.spec, dataset.tokenizer
-    converter = Converter(
-        tokenize=make_tokenize(tokenizer) if tokenizer is not None else None,
-        text_field=spec.text_field,
-        vocab_size=spec.vocab_size,
-        eot_id=spec.eot_id,
-        dtype=spec.token_dtype,
-        samples_folder=Path(spec.samples_folder) if spec.samples_folder else None,
-        on_damage=spec.on_damage,
-    )
+    converter = Converter.of_run(spec, make_tokenize(tokenizer) if tokenizer is not None else None)
     return ShardCache(
         folder,
         budget_bytes=config.workers.cache_bytes,
