@@ -146,6 +146,9 @@ class ProbeSection(Section):
     layers: tuple[str, ...] = ()
 
 
+DEFAULT_ADDRESS = "127.0.0.1:7700"
+
+
 class RunConfig(Section):
     """A whole run file."""
 
@@ -153,7 +156,7 @@ class RunConfig(Section):
     seed: Whole = 0
     steps: Count
     out: Path
-    address: Address = "127.0.0.1:7700"
+    address: Address = DEFAULT_ADDRESS
     """`host:port`; port 0 takes any free one."""
 
     data: DataSection

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from controller.config import load_run_file, with_metrics
+from controller.config import DEFAULT_ADDRESS, load_run_file, with_metrics
 from deploy.exits import told
 from deploy.on_run import on_run
 from deploy.page import DashboardOption, with_page
@@ -28,7 +28,7 @@ mixture = typer.Typer(help="The mixture of a live run.", no_args_is_help=True)
 
 
 @told
-@on_run(default="127.0.0.1:7700")
+@on_run(default=DEFAULT_ADDRESS)
 def status(
     admin: AdminClient,
     *,
@@ -88,7 +88,7 @@ def _share(text: str) -> tuple[str, float]:
 
 
 @told
-@on_run(default="127.0.0.1:7700", num_before=1)
+@on_run(default=DEFAULT_ADDRESS, num_before=1)
 def scale(
     admin: AdminClient,
     workers: Annotated[int, typer.Argument(min=1, help="How many loader workers there shall be.")],

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from controller.config import load_run_file
+from controller.config import DEFAULT_ADDRESS, load_run_file
 from deploy.doctor import Finding, examine_machine
 from deploy.doctor_network import examine_clock, examine_network
 from deploy.doctor_run import examine_run
-from deploy.runfile import ADDRESS
 from protos.errors import ConfigError
 
 
@@ -24,9 +23,9 @@ def examine(run_file: Path | None, address: str | None) -> list[Finding]:
 
 def _address_of(run_file: Path | None) -> str:
     if run_file is None:
-        return ADDRESS
+        return DEFAULT_ADDRESS
     try:
         return load_run_file(run_file).address
     except ConfigError:
         # What is wrong with it is a finding of its own.
-        return ADDRESS
+        return DEFAULT_ADDRESS

@@ -17,7 +17,7 @@ from controller.config import load_run_file
 from deploy.runfile import ADDRESS
 from protos.client import AdminClient
 from protos.errors import ConfigError, HeadraceError
-from protos.security import Security
+from protos.security import Security, split_address
 
 P = ParamSpec("P")
 
@@ -85,12 +85,27 @@ def find_controller(address: str) -> str:
             ) from None
     run = name_of_run(address)
     if given.is_file():
-        # Where the run's folder is not seen from here, the cluster is asked.
+        config = load_run_file(given)
         with contextlib.suppress(OSError):
-            return _address_in(load_run_file(given).out)
+            return _address_in(config.out)
+        # On a cluster the run's folder may not be seen from here; without one it was started by
+        # hand, and serves where its file says.
+        if not os.environ.get("RAY_ADDRESS"):
+            return _called(config.address, source=given)
     elif ":" in address:
         return address
     return _on_cluster(run or address)
+
+
+def _called(address: str, *, source: Path) -> str:
+    """Return the address that a controller is to serve, if it can be called by that."""
+    host, port = split_address(address)
+    if port == 0 or host in ("0.0.0.0", "[::]"):
+        raise ConfigError(
+            f"{source} has address {address}, which does not say where to call: name HOST:PORT, or "
+            "set RAY_ADDRESS if the run is on a Ray cluster"
+        )
+    return address
 
 
 def _address_in(folder: Path) -> str:

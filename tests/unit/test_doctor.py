@@ -20,6 +20,7 @@ from deploy.certificates import validity
 from deploy.commands import app
 from deploy.doctor import Finding, judge_versions
 from deploy.doctor_network import examine_network
+from deploy.doctor_report import examine
 from deploy.doctor_run import examine_run
 from tests.fakes_controller import run_document
 from tests.fakes_security import Authority, make_token, write_tokens
@@ -172,3 +173,17 @@ def test_the_command_takes_a_run_file_and_its_address(tmp_path: Path) -> None:
     assert not findings["port"]["ok"]
     assert findings["clock"]["ok"]
     assert any(what.startswith("domain ") for what in findings)
+
+
+def test_without_a_run_file_the_usual_port_is_looked_at() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    port = next(each for each in json.loads(result.stdout) if each["what"] == "port")
+    assert "127.0.0.1:7700" in port["found"]
+
+
+def test_a_run_file_that_cannot_be_read_leaves_the_usual_port(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("run: [")
+    findings = {finding.what: finding for finding in examine(path, None)}
+    assert "127.0.0.1:7700" in findings["port"].found
+    assert findings["run file"].stops
