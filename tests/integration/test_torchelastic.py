@@ -10,14 +10,17 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
-from deploy.report import examine
+from protos.client import ControlClient
+from protos.errors import StaleGeneration
+from protos.types import Generation, Rank, Step, StepReport
 from tests.fakes_consumer import (
     ROOT,
     ConsumedRun,
@@ -27,6 +30,7 @@ from tests.fakes_consumer import (
     write_corpus,
     write_run,
 )
+from tests.faults.checker import check
 from tests.harness_runs import wait_until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(560)]
@@ -34,6 +38,9 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(560)]
 NUM_STEPS = 24
 KILLED_AFTER = 7
 """Checkpoints are written after every 4 steps, so that some steps are trained again."""
+
+GROW_STEPS = 100_000
+"""More than are trained while a second node joins, however long that takes."""
 
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -98,25 +105,74 @@ def _wait_for_step(run: ConsumedRun, step: int, log: Path) -> None:
     wait_until(reached, timeout_s=240, what=f"step {step}; {log.read_text()[-2000:]}")
 
 
-def _newest(run: ConsumedRun) -> Global:
+def _newest(run: ConsumedRun, *, through: int = GROW_STEPS) -> Global:
     """Return what counts: of each step what the newest generation received of it."""
     newest: dict[int, int] = {}
-    deliveries = run.deliveries()
+    deliveries = [one for one in run.deliveries() if one.step <= through]
     for one in deliveries:
         newest[one.step] = max(newest.get(one.step, 0), one.generation)
     return global_batches([one for one in deliveries if one.generation == newest[one.step]])
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[ConsumedRun]:
+def num_steps() -> int:
+    """What the run is planned for; a test may say otherwise."""
+    return NUM_STEPS
+
+
+@pytest.fixture
+def run(tmp_path: Path, num_steps: int) -> Iterator[ConsumedRun]:
     run_file = write_run(
         tmp_path / "out",
         write_corpus(tmp_path / "data"),
-        steps=NUM_STEPS,
+        steps=num_steps,
         data={"vocab_size": 4096},
     )
     with consumed_run(run_file) as started:
         yield started
+
+
+def _elastic_options() -> tuple[list[str], list[str]]:
+    """Return the options of the node that holds the rendezvous, and of one that joins it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [
+        *("--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
+        *("--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "elastic"),
+        *("--local-addr", "127.0.0.1"),
+        *("--rdzv-conf", "last_call_timeout=15,keep_alive_interval=1,is_host={host}"),
+    ]
+    first, second = ([one.format(host=host) for one in options] for host in ("true", "false"))
+    return first, second
+
+
+def _restart_count(one: psutil.Process) -> int:
+    return int(one.environ()["TORCHELASTIC_RESTART_COUNT"])
+
+
+def _refused_reports(run: ConsumedRun, generation: int, steps: range) -> int:
+    """Report steps for a generation that has ended; return how many reports were refused."""
+    refused = 0
+    client = ControlClient(run.address)
+    try:
+        for step in steps:
+            sequences = np.array([7, 7, 6])
+            late = StepReport(
+                generation=Generation(generation),
+                rank=Rank(0),
+                step=Step(step),
+                plan_version=1,
+                sequences=sequences,
+                tokens=sequences * 16,
+                loss_sum=sequences * 16 * 3.0,
+            )
+            with pytest.raises(StaleGeneration, match=f"generation {generation}"):
+                client.report(late)
+            refused += 1
+    finally:
+        client.close()
+    return refused
 
 
 def _check_went_on_exactly(run: ConsumedRun, log: Path) -> None:
@@ -133,7 +189,10 @@ def _check_went_on_exactly(run: ConsumedRun, log: Path) -> None:
     assert _newest(run) == trained
 
 
-def test_a_killed_rank_is_started_again_with_its_group(run: ConsumedRun, tmp_path: Path) -> None:
+@pytest.mark.fault_row(11, "rank SIGKILL under torchrun, the group starts again")
+def test_a_killed_rank_is_started_again_with_its_group(
+    run: ConsumedRun, tmp_path: Path, record_injections: Callable[..., None]
+) -> None:
     log = tmp_path / "torchrun.log"
     with torchrun(run, ["--standalone", "--nproc-per-node", "2"], log) as launched:
         _wait_for_step(run, KILLED_AFTER, log)
@@ -142,22 +201,15 @@ def test_a_killed_rank_is_started_again_with_its_group(run: ConsumedRun, tmp_pat
         assert launched.wait(400) == 0, log.read_text()
     assert str(victim.pid) in log.read_text()
     _check_went_on_exactly(run, log)
-    assert examine(run.out).clean
+    assert check(run.out) == []
+    record_injections(1)
 
 
+@pytest.mark.fault_row(11, "a trainer's node SIGKILL under torchrun, the other goes on alone")
 def test_a_killed_node_is_gone_and_the_other_goes_on_alone(
-    run: ConsumedRun, tmp_path: Path
+    run: ConsumedRun, tmp_path: Path, record_injections: Callable[..., None]
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = [
-        *("--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
-        *("--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "elastic"),
-        *("--local-addr", "127.0.0.1"),
-        *("--rdzv-conf", "last_call_timeout=15,keep_alive_interval=1,is_host={host}"),
-    ]
-    first, second = ([one.format(host=host) for one in options] for host in ("true", "false"))
+    first, second = _elastic_options()
     log = tmp_path / "torchrun.log"
     with torchrun(run, first, log) as stays, torchrun(run, second, tmp_path / "second.log") as goes:
         _wait_for_step(run, KILLED_AFTER, log)
@@ -173,3 +225,41 @@ def test_a_killed_node_is_gone_and_the_other_goes_on_alone(
     assert ranks[min(ranks)] == {0, 1}
     assert ranks[max(ranks)] == {0}
     _check_went_on_exactly(run, log)
+    assert check(run.out) == []
+    record_injections(1)
+
+
+@pytest.mark.parametrize("num_steps", [GROW_STEPS])
+@pytest.mark.fault_row(12, "a node joins under torchrun, RESTART_COUNT stays")
+def test_a_node_that_joins_begins_a_generation_though_no_restart_is_counted(
+    run: ConsumedRun, tmp_path: Path, record_injections: Callable[..., None]
+) -> None:
+    first, second = _elastic_options()
+    log = tmp_path / "torchrun.log"
+    with torchrun(run, first, log) as stays:
+        _wait_for_step(run, KILLED_AFTER, log)
+        (alone,) = _ranks(stays).values()
+        before, counted = run.status(), _restart_count(alone)
+        assert before.world_size == 1
+        with torchrun(run, second, tmp_path / "second.log"):
+            wait_until(
+                lambda: run.status().generation > before.generation,
+                timeout_s=240,
+                what=f"a generation of two nodes; {log.read_text()[-2000:]}",
+            )
+            joined = run.status()
+            assert joined.world_size == 2
+            _wait_for_step(run, joined.observed_step + 8, log)
+            (stayed,) = _ranks(stays).values()
+            assert stayed.pid != alone.pid
+            assert _restart_count(stayed) == counted == 0
+            steps = range(joined.observed_step, joined.observed_step + 8)
+            refused = _refused_reports(run, before.generation, steps)
+    last = min(run.status().observed_step, max(one.step for one in run.deliveries()))
+    trained = _newest(run, through=last - 1)
+    assert sorted(trained) == [(step, slot) for step in range(last) for slot in range(20)]
+    assert len({one.generation for one in run.deliveries()}) == 2
+    run.consume(3, until=last)
+    assert _newest(run, through=last - 1) == trained
+    assert check(run.out) == []
+    record_injections(1 + refused, f"{refused} late reports of the old generation refused")
