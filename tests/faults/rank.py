@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,8 +21,10 @@ import torch
 import trainer_client
 from deploy.training import RECEIVED
 from deploy.whole_file import write_whole
-from protos.types import ReportAnswer, StepReport
+from protos.types import Lane, ReportAnswer, StepBatch, StepReport
+from trainer_client.lane_stream import LaneStream
 from trainer_client.session import Session
+from trainer_client.step_buffer import StepBuffer
 
 EVENTS = "ranks"
 """Folder of the ranks' event logs, in a run's folder."""
@@ -105,6 +108,20 @@ def _log_answers(session: Session, log: EventLog) -> None:
     control.report_steps = report_steps  # type: ignore[method-assign]
 
 
+def _log_batches(log: EventLog) -> None:
+    """Have every message of batches logged as it comes in: its lanes, and who sent it."""
+    keep = StepBuffer.put
+
+    def put(self: StepBuffer, batch: StepBatch, lanes: Sequence[Lane]) -> None:
+        keep(self, batch, lanes)
+        stream = threading.current_thread()
+        assert isinstance(stream, LaneStream)
+        last = batch.step + batch.num_steps - 1
+        log.write("batches", endpoint=stream.endpoint, lanes=list(lanes), last_step=last)
+
+    StepBuffer.put = put  # type: ignore[method-assign]
+
+
 def main() -> int:
     """Train one generation as one rank; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -120,11 +137,14 @@ def main() -> int:
     )
     parser.add_argument("--state-every", type=int, default=0, help="write it after so many steps")
     parser.add_argument("--timeout-s", type=float, default=60.0)
+    parser.add_argument("--log-batches", action="store_true", help="log also what workers send")
     options = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level="INFO")
     torch.set_num_threads(1)
     log = EventLog(options.out / EVENTS, options.rank)
     fields = {"rank": options.rank}
+    if options.log_batches:
+        _log_batches(log)
     resume = None if options.resume is None else json.loads(options.resume.read_text())
     try:
         with trainer_client.connect(

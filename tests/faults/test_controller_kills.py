@@ -19,22 +19,14 @@ import numpy as np
 import pytest
 
 from controller.ledger import read_rows, reading_ledger
-from controller.ledger_schema import Kind, Row, plan_of
-from deploy.history import Delivery, read_deliveries
+from controller.ledger_schema import Kind, Row
+from deploy.history import read_deliveries
 from deploy.record import LEDGER
 from deploy.training import RECEIVED
-from protos.types import Plan
-from tests.fakes_consumer import (
-    DOMAINS,
-    Global,
-    consumed_run,
-    global_batches,
-    write_corpus,
-    write_run,
-)
-from tests.fakes_trainer import wait_until
+from tests.fakes_consumer import DOMAINS, write_corpus
 from tests.faults.checker import check, longest_wait_s, missing_reports, read_evidence
 from tests.faults.processes import FaultRun, fault_run, write_fault_run
+from tests.faults.undisturbed import batches_through, plans_through, undisturbed
 
 pytestmark = pytest.mark.slow
 
@@ -118,24 +110,6 @@ def _recovery_s(out: Path, kills: list[Kill]) -> list[float]:
     return recovery
 
 
-def _plans(out: Path, through: int) -> list[Plan]:
-    plans = [plan_of(row) for row in _rows(out, Kind.PLAN)]
-    return [plan for plan in plans if plan.first_step <= through]
-
-
-def _through(deliveries: list[Delivery], last: int) -> Global:
-    return global_batches(each for each in deliveries if each.step <= last)
-
-
-def _undisturbed(out: Path, patterns: dict[str, str], *, last: int) -> tuple[Global, list[Plan]]:
-    run_file = write_run(out, patterns, **_settings())
-    with consumed_run(run_file) as run:
-        run.consume(2, until=last + 1)
-        wait_until(lambda: run.status().observed_step >= last, timeout_s=60)
-        deliveries = run.deliveries()
-    return _through(deliveries, last), _plans(out, last + LAG)
-
-
 def _survive(tmp_path: Path, *, num_kills: int, seed: int) -> dict[str, Any]:
     patterns = write_corpus(tmp_path / "data", documents=(600, 450, 300))
     run_file = write_fault_run(tmp_path / "killed", patterns, **_settings())
@@ -156,10 +130,12 @@ def _survive(tmp_path: Path, *, num_kills: int, seed: int) -> dict[str, Any]:
     assert missing_reports(evidence) == 0
     steps = [event for event in evidence.events if event["event"] == "step"]
     assert not any(event["degraded"] for event in steps)
-    batches, plans = _undisturbed(tmp_path / "undisturbed", patterns, last=last)
     # Every decision that followed from these steps, also on steps that nobody trained.
-    assert _plans(out, last + LAG) == plans
-    assert _through(read_deliveries(out / RECEIVED, DOMAINS), last) == batches
+    batches, plans = undisturbed(
+        tmp_path / "undisturbed", patterns, _settings(), last=last, plans_last=last + LAG
+    )
+    assert plans_through(out, last + LAG) == plans
+    assert batches_through(read_deliveries(out / RECEIVED, DOMAINS), last) == batches
     recovery = _recovery_s(out, kills)
     return {
         "kills": num_kills,

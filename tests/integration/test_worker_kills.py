@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +83,23 @@ def _prove(killer: Killer, num_kills: int) -> None:
     assert {kill.exit_status for kill in killer.kills} == {-signal.SIGKILL}
 
 
+@pytest.mark.fault_row(15, "worker SIGKILL in mid-stream, while the number of ranks changes")
 @pytest.mark.timeout(120)
-def test_workers_killed_in_mid_stream_cost_a_pause_and_nothing_else(tmp_path: Path) -> None:
-    _kill_often(tmp_path, num_kills=4, num_steps=60)
+def test_workers_killed_in_mid_stream_cost_a_pause_and_nothing_else(
+    tmp_path: Path, record_injections: Callable[..., None]
+) -> None:
+    _, kills = _kill_often(tmp_path, num_kills=4, num_steps=60)
+    record_injections(len(kills))
 
 
 @pytest.mark.long
+@pytest.mark.fault_row(15, "worker SIGKILL 30 times, while the number of ranks changes")
 @pytest.mark.timeout(900)
 def test_30_kills_lose_double_and_change_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, record_injections: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     findings, kills = _kill_often(tmp_path, num_kills=30, num_steps=600)
+    record_injections(len(kills))
     with capsys.disabled():
         print()
         for kill in kills:
