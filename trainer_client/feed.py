@@ -64,6 +64,9 @@ class Feed:
         self._streams: list[LaneStream] = []
         self._closed = False
         self._lanes_version = member.lanes_version
+        self._refusal: HeadraceError | None = None
+        """Why the controller did not say who serves lanes, when it was asked last."""
+
         self._taken_s = math.nan
         self._pace_s = math.nan
         self._buffer = StepBuffer(
@@ -106,7 +109,7 @@ class Feed:
     def _relocate(self, stream: LaneStream) -> None:
         """Find out where a stream that broke goes on; called on its own thread."""
         try:
-            table = self._control.locate(self._member.generation, unreachable=stream.endpoint)
+            table = self._locate(unreachable=stream.endpoint)
         except (Retryable, NotAuthenticated) as error:
             # The controller is away, or has renewed its token first; the worker may come back at
             # its old address.
@@ -121,6 +124,22 @@ class Feed:
                 stream.stop()
                 self._start(stream.lanes, table.endpoints, steps)
 
+    def _locate(self, *, unreachable: str = "", timeout_s: float = 5.0) -> LaneTable:
+        """Ask the controller who serves each lane.
+
+        Raises:
+            HeadraceError: it does not say; the sentence is kept for a trainer that waits in vain.
+        """
+        try:
+            table = self._control.locate(
+                self._member.generation, unreachable=unreachable, timeout_s=timeout_s
+            )
+        except HeadraceError as error:
+            self._refusal = error
+            raise
+        self._refusal = None
+        return table
+
     def hear_lanes(self, version: int) -> None:
         """Follow lanes that have moved, if this version of their table is not known yet.
 
@@ -129,7 +148,7 @@ class Feed:
         if version == self._lanes_version:
             return
         try:
-            table = self._control.locate(self._member.generation, timeout_s=_ASK_TIMEOUT_S)
+            table = self._locate(timeout_s=_ASK_TIMEOUT_S)
         except HeadraceError as error:
             # The next report brings the version again; a stream that breaks asks for itself.
             logger.debug("cannot ask where lanes have moved to: %s", error)
@@ -220,7 +239,7 @@ class Feed:
     def _leave_hanging_workers(self, step: Step) -> None:
         # A worker that hangs breaks no stream; the controller notices and gives its lanes away.
         try:
-            table = self._control.locate(self._member.generation, timeout_s=_ASK_TIMEOUT_S)
+            table = self._locate(timeout_s=_ASK_TIMEOUT_S)
         except Retryable:
             return
         served_by = {endpoint.lane: endpoint.endpoint for endpoint in table.endpoints}
@@ -237,11 +256,14 @@ class Feed:
         late = f"step {step} did not come to rank {self._member.rank} within {timeout_s:g} s"
         with self._lock:
             behind = [each for each in self._streams if _misses(each, step, missing)]
-        for stream in behind:
-            if stream.cause is not None:
-                raise WorkerUnreachable(
-                    f"{late}, lanes {list(stream.lanes)} are missing: {stream.cause}"
-                ) from stream.cause
+        broken = {each: each.cause for each in behind if each.cause is not None}
+        if broken:
+            causes = "; ".join(f"lanes {list(each.lanes)}: {why}" for each, why in broken.items())
+            refusal = self._refusal
+            asked = f"; the controller says: {refusal}" if refusal is not None else ""
+            raise WorkerUnreachable(
+                f"{late}, lanes {missing} are missing; {causes}{asked}"
+            ) from next(iter(broken.values()))
         workers = ", ".join(sorted({stream.endpoint for stream in behind}))
         raise NotReady(
             f"{late}: the loader worker at {workers} is connected but sends nothing for lanes "

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
@@ -130,6 +130,8 @@ def main() -> int:
     try:
         run(parse_arguments())
     except trainer_client.HeadraceError as error:
+        # Nothing is raised from here, and `record` writes down what is.
+        get_error_handler().record_exception(error)
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     return 0

@@ -5,6 +5,7 @@ The whole is long, since torchrun takes its time to notice; `make test-long` run
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -263,3 +264,34 @@ def test_a_node_that_joins_begins_a_generation_though_no_restart_is_counted(
     assert _newest(run, through=last - 1) == trained
     assert check(run.out) == []
     record_injections(1 + refused, f"{refused} late reports of the old generation refused")
+
+
+@pytest.mark.fault_row(17, "all workers SIGKILL under torchrun")
+def test_torchrun_shows_what_a_rank_without_workers_died_of(
+    tmp_path: Path, record_injections: Callable[..., None]
+) -> None:
+    run_file = write_run(
+        tmp_path / "out",
+        write_corpus(tmp_path / "data"),
+        steps=GROW_STEPS,
+        data={"vocab_size": 4096},
+        control={"data_timeout_s": 3.0},
+    )
+    log, errors = tmp_path / "torchrun.log", tmp_path / "errors"
+    options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "0"]
+    with (
+        consumed_run(run_file) as run,
+        torchrun(run, [*options, "--log-dir", str(errors)], log) as launched,
+    ):
+        _wait_for_step(run, KILLED_AFTER, log)
+        assert run.end_worker("w0", signal.SIGKILL) == -signal.SIGKILL
+        assert launched.wait(120) == 1, log.read_text()
+    written = [json.loads(path.read_text()) for path in errors.rglob("error.json")]
+    says = [each["message"]["message"] for each in written]
+    missing = [each for each in says if "within 3 s, lanes [" in each]
+    assert missing, says
+    assert all(each.startswith("WorkerUnreachable: step ") for each in missing)
+    # Its summary of the root cause, after all that ranks have said themselves.
+    assert missing[0][:60] in log.read_text().rpartition("Root Cause")[2], log.read_text()
+    assert check(run.out) == []
+    record_injections(1)
