@@ -57,6 +57,11 @@ class Scribe:
         self._num_dropped = 0
         self._num_failures = 0
         self._given_up = asyncio.Event()
+        self._listeners: list[Callable[[], None]] = []
+
+    def on_written(self, call: Callable[[], None]) -> None:
+        """Have `call` run whenever something was written, or could not be."""
+        self._listeners.append(call)
 
     def note(self, *entries: Entry) -> None:
         """Have `entries` written with the next commit, within a second or so."""
@@ -132,6 +137,12 @@ class Scribe:
             self._begin_fault(error)
             if not await self._is_written():
                 raise
+        finally:
+            self._tell()
+
+    def _tell(self) -> None:
+        for call in self._listeners:
+            call()
 
     def _write(self, work: Callable[[], None], write: DurableWrite) -> None:
         try:
@@ -146,6 +157,7 @@ class Scribe:
             return
         self.fault, self._failed_at_s = str(error), self._now()
         self.num_faults += 1
+        self._tell()
         logger.error("no decisions while the ledger cannot be written: %s", error)
 
     async def _is_written(self) -> bool:

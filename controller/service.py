@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -307,6 +307,10 @@ class Service:
             ledger_fault=self._loop.scribe.fault,
             shadows=self._shadows.statuses,
         )
+
+    def on_written(self, call: Callable[[], None]) -> None:
+        """Have `call` run on this loop whenever the ledger was written, or could not be."""
+        self._loop.scribe.on_written(call)
 
     async def newest_reports(self) -> tuple[StepReport, ...]:
         """Return what the ranks said of the newest step."""

@@ -57,6 +57,38 @@ class SingleThread:
             run()
 
 
+class Bell:
+    """Wakes one task for what happens on other threads, which are held up by nothing.
+
+    The task arms it, looks, and waits: whatever happens after `arm` wakes it. However often it is
+    rung between two looks, its event loop is called once.
+    """
+
+    def __init__(self) -> None:
+        self._rung = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """Whom the next ring calls; None: nobody."""
+
+    def arm(self) -> None:
+        """Hear what happens from here on; on the loop of the task that waits."""
+        self._rung.clear()
+        self._loop = asyncio.get_running_loop()
+
+    def ring(self) -> None:
+        """Say that something has happened, on any thread."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            # A loop that has ended wants to hear nothing.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._rung.set)
+
+    async def wait(self, timeout_s: float | None = None) -> None:
+        """Return when it was rung since it was armed, or after `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._rung.wait()
+
+
 class Signal:
     """Tells any number of waiting tasks that something has changed; none misses a change."""
 

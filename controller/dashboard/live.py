@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ from typing import Any
 
 from controller.dashboard.ledger_tail import LedgerTail
 from controller.dashboard.operated import Reach
-from controller.threads import Signal, SingleThread
+from controller.threads import Bell, Signal, SingleThread
 from protos.errors import HeadraceError
 from protos.status import RunStatus
 from protos.types import StepReport
@@ -20,10 +21,15 @@ from protos.types import StepReport
 logger = logging.getLogger(__name__)
 
 LOOK_S = 0.4
-"""How often the ledger is looked at while somebody watches."""
+"""From one look at the ledger to the next while somebody watches and it is written."""
 
 IDLE_S = 2.0
+"""The same while nobody watches."""
+
 STATUS_S = 1.0
+"""How often the status is asked for while somebody watches: of what workers hold and wait for
+nothing is written."""
+
 BEAT_S = 10.0
 """How often watchers hear something even if nothing has happened."""
 
@@ -44,7 +50,11 @@ class Live:
         self.num_watchers = 0
         self.status: dict[str, Any] = {}
         self._ranks: dict[int, list[float]] = {}
+        self.written = Bell()
+        """To be rung when there may be something new in the ledger."""
+
         self._changed = Signal()
+        self._watched = asyncio.Event()
         self._stopping = False
         self._status_at_s = -math.inf
         self._packed: tuple[tuple[int | None, int], int, str] | None = None
@@ -56,6 +66,7 @@ class Live:
         """Read on and on, until cancelled."""
         last_s = time.monotonic() - LOOK_S
         while True:
+            self.written.arm()
             now_s = time.monotonic()
             before = (self.tail.series.version, self._status_version)
             try:
@@ -67,7 +78,18 @@ class Live:
                 logger.debug("the page cannot be brought up to date: %s", error)
             if before != (self.tail.series.version, self._status_version):
                 self._changed.notify()
-            await asyncio.sleep(LOOK_S if self.num_watchers else IDLE_S)
+            await self._until_due(now_s)
+
+    async def _until_due(self, looked_s: float) -> None:
+        """Wait for something new, for the first watcher, or for the time of the next status."""
+        if not self.num_watchers:
+            await self.written.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(IDLE_S):
+                    await self._watched.wait()
+            return
+        await self.written.wait(max(0.0, self._status_at_s + STATUS_S - time.monotonic()))
+        await asyncio.sleep(max(0.0, looked_s + LOOK_S - time.monotonic()))
 
     async def _ask(self) -> None:
         self._status_at_s = time.monotonic()
@@ -113,6 +135,8 @@ class Live:
     async def events(self) -> AsyncIterator[str]:
         """Yield server-sent events, until the page stops being served."""
         self.num_watchers += 1
+        self._watched.set()
+        self.written.ring()
         version: int | None = None
         told = -1
         try:
@@ -129,6 +153,8 @@ class Live:
                     yield ": still here\n\n"
         finally:
             self.num_watchers -= 1
+            if not self.num_watchers:
+                self._watched.clear()
 
     def _points(self, since: int | None) -> tuple[int, str]:
         """Return the points that changed after a version, and the version that they bring to.

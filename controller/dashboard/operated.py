@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -24,6 +24,9 @@ WORK_S = 60.0
 
 class Operated(Protocol):
     """A controller, on its own event loop."""
+
+    def on_written(self, call: Callable[[], None]) -> None:
+        """Have `call` run on the control loop whenever the ledger was written, or could not be."""
 
     async def status(self) -> RunStatus:
         """Say how the run stands."""

@@ -56,6 +56,7 @@ class PageServer:
         reach = Reach(controller=controller, loop=asyncio.get_running_loop())
         tail = LedgerTail(self._config.ledger_path, spec.num_domains)
         live = Live(reach, tail)
+        controller.on_written(live.written.ring)
         page = Page(
             spec=spec,
             live=live,

@@ -180,7 +180,10 @@ def test_a_step_is_on_the_screen_within_a_second(browser: Browser, tmp_path: Pat
                 shown = "return document.getElementById('step-now').textContent === arguments[0]"
                 browser.until(shown, str(step + 1))
                 waits.append(time.monotonic() - began_s)
-            print(f"report to screen, s: {sorted(round(wait, 2) for wait in waits)}")
+            print(f"report to screen, s: {[round(wait, 2) for wait in waits]}")
+            # The first one too, which nothing has woken the page for; of the machine's worse
+            # moments the median of the others knows nothing.
+            assert waits[0] < 1.0, waits
             assert sorted(waits)[len(waits) // 2] < 1.0, waits
 
 

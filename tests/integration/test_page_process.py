@@ -42,7 +42,8 @@ def test_a_step_is_seen_within_a_second_and_an_order_is_obeyed(tmp_path: Path) -
                 worker.client.report(make_report(worker.spec, step=step))
                 _hear(stream, step)
                 waits.append(time.monotonic() - reported_s)
-            # Of the machine's worse moments the median knows nothing.
+            # Of the machine's worse moments the median knows nothing; the first is one of its own.
+            assert waits[0] < 1.0, waits
             assert sorted(waits)[len(waits) // 2] < 1.0, waits
             asking.request("POST", "/api/freeze", b"{}", {"X-Headrace": "1"})
             assert asking.getresponse().status == 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
@@ -16,7 +17,9 @@ import numpy as np
 import pytest
 
 from controller.config import parse_run
+from controller.dashboard import live
 from controller.dashboard.server import PageServer
+from controller.threads import Bell
 from protos.errors import AlreadyServing, ConfigError
 from tests.fakes_controller import ACODM, Bench, bench, run_document, small_run
 
@@ -155,7 +158,7 @@ def test_watchers_hear_of_a_step_and_of_how_the_run_stands(tmp_path: Path) -> No
             def watch() -> tuple[str, str]:
                 with urllib.request.urlopen(f"{site._url}api/events", timeout=20) as stream:
                     heard = b""
-                    while b'"policy":"static"' not in heard or b'"step":0' not in heard:
+                    while b'"policy":"static"' not in heard or b'"step":0,"heat"' not in heard:
                         heard += stream.readline()
                     return stream.headers["content-type"], heard.decode()
 
@@ -171,6 +174,56 @@ def test_watchers_hear_of_a_step_and_of_how_the_run_stands(tmp_path: Path) -> No
             assert any(each.get("step") == 0 and each["points"] for each in told)
 
     asyncio.run(check())
+
+
+def test_a_watcher_who_comes_and_a_step_are_heard_of_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whatever would wait for its interval never comes.
+    monkeypatch.setattr(live, "IDLE_S", 3600.0)
+    monkeypatch.setattr(live, "STATUS_S", 3600.0)
+
+    async def check() -> None:
+        async with _site(tmp_path) as site:
+            await site.bench.join_all(1)
+            await site.until("api/series?domains=0", "length", 0)
+
+            def hear(stream: Any, wanted: bytes) -> None:
+                while wanted not in (line := stream.readline()):
+                    assert line, f"the stream ended before {wanted!r}"
+
+            with urllib.request.urlopen(f"{site._url}api/events", timeout=20) as stream:
+                await asyncio.to_thread(hear, stream, b'"phase":"running"')
+                for step in range(4):
+                    await site.bench.report_step(step)
+                    await asyncio.to_thread(hear, stream, f'"step":{step},"heat"'.encode())
+
+    asyncio.run(check())
+
+
+def test_a_bell_wakes_for_what_happens_after_it_was_armed() -> None:
+    async def check() -> None:
+        bell = Bell()
+        bell.ring()
+        bell.arm()
+        began_s = time.monotonic()
+        await bell.wait(0.05)
+        assert time.monotonic() - began_s >= 0.05
+        for _ in range(2):
+            for _ in range(3):
+                await asyncio.to_thread(bell.ring)
+            async with asyncio.timeout(20):
+                await bell.wait()
+            bell.arm()
+
+    asyncio.run(check())
+    bell = Bell()
+    asyncio.run(_armed(bell))
+    bell.ring()
+
+
+async def _armed(bell: Bell) -> None:
+    bell.arm()
 
 
 def test_a_taken_port_and_an_open_one_are_refused_in_a_sentence(tmp_path: Path) -> None:
