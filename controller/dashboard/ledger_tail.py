@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 
 from controller.dashboard.alignment import HeatMap, rewards_of
-from controller.dashboard.series import Point, Series
+from controller.dashboard.series import MAX_POINTS, Point, Series
 from controller.ledger import read_rows, reading_ledger
 from controller.ledger_schema import Kind, Row, step_record_of
+from controller.observation import StepObservation
 
 BACKLOG_ROWS = 2048
 """Steps that are read, evenly spread, where a run is long already."""
+
+RANGE_ROWS = MAX_POINTS
+"""Steps that are read of a range that somebody looks at more closely."""
 
 CPU_SHARE = 0.01
 """Share of a core that reading on may take."""
@@ -63,6 +67,28 @@ class LedgerTail:
             self._take_events(database, last)
             self._seq, self._is_fresh = last, False
 
+    def between(self, first: int, last: int) -> Series:
+        """Read the steps from `first` to `last`, both included, in a series that begins at `first`.
+
+        No more than `RANGE_ROWS` of them, evenly spread: of fewer each has a point of its own.
+
+        Raises:
+            LedgerError: it cannot be read now.
+        """
+        series = Series(self.series.num_domains)
+        with reading_ledger(self._path) as database:
+            forks = list(read_rows(database, Kind.FORK))
+            found = database.execute(
+                "SELECT step, seq FROM ledger WHERE kind = ? AND step >= ? AND step <= ?"
+                " ORDER BY step",
+                (Kind.STEP.value, first, last),
+            )
+            seqs = [seq for step, seq in found if not _is_abandoned(step, seq, forks)]
+            for seq in _spread(seqs, RANGE_ROWS):
+                row = _row(database, seq)
+                series.add(_point(row, step_record_of(row).observation, at=row.step - first))
+        return series
+
     def _begin(self, database: sqlite3.Connection) -> None:
         self.series.clear()
         self.heat = HeatMap(self.series.num_domains)
@@ -84,28 +110,15 @@ class LedgerTail:
         began_s = time.thread_time()
         for seq in chosen:
             row = _row(database, seq)
-            if not any(fork.step <= row.step and fork.seq > seq for fork in forks):
+            if not _is_abandoned(row.step, seq, forks):
                 self._take(row)
         if chosen:
             cost = (time.thread_time() - began_s) / len(chosen)
             self._row_cost_s = 0.5 * (self._row_cost_s + max(cost, 1e-5))
 
     def _take(self, row: Row) -> None:
-        observation, body = step_record_of(row).observation, row.body
-        step_s, nan = body["step_s"], float("nan")
-        self.series.add(
-            Point(
-                step=row.step,
-                planned=observation.planned,
-                executed=observation.executed,
-                loss=observation.loss,
-                reward=rewards_of(observation),
-                tokens_per_s=float(observation.tokens.sum()) / step_s if step_s > 0 else nan,
-                data_wait_share=min(1.0, body["data_wait_s"] / step_s) if step_s > 0 else nan,
-                decision_ms=body["decision_ms"],
-                step_s=step_s if step_s > 0 else nan,
-            )
-        )
+        observation = step_record_of(row).observation
+        self.series.add(_point(row, observation, at=row.step))
         self.heat.add(observation)
         self.newest_step = row.step
 
@@ -118,6 +131,27 @@ class LedgerTail:
                 if row.seq <= last:
                     newest.append(_event(row))
         self.events.extend(sorted(newest, key=lambda event: int(event["seq"])))
+
+
+def _is_abandoned(step: int, seq: int, forks: list[Row]) -> bool:
+    """Say whether the run has gone back to before a step since row `seq` told of it."""
+    return any(fork.step <= step and fork.seq > seq for fork in forks)
+
+
+def _point(row: Row, observation: StepObservation, *, at: int) -> Point:
+    body = row.body
+    step_s, nan = body["step_s"], float("nan")
+    return Point(
+        step=at,
+        planned=observation.planned,
+        executed=observation.executed,
+        loss=observation.loss,
+        reward=rewards_of(observation),
+        tokens_per_s=float(observation.tokens.sum()) / step_s if step_s > 0 else nan,
+        data_wait_share=min(1.0, body["data_wait_s"] / step_s) if step_s > 0 else nan,
+        decision_ms=body["decision_ms"],
+        step_s=step_s if step_s > 0 else nan,
+    )
 
 
 def _newest_seq(database: sqlite3.Connection) -> int:

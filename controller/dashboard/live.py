@@ -13,6 +13,7 @@ from typing import Any
 
 from controller.dashboard.ledger_tail import LedgerTail
 from controller.dashboard.operated import Reach
+from controller.dashboard.series import Series
 from controller.threads import Bell, Signal, SingleThread
 from protos.errors import HeadraceError
 from protos.status import RunStatus
@@ -79,6 +80,14 @@ class Live:
             if before != (self.tail.series.version, self._status_version):
                 self._changed.notify()
             await self._until_due(now_s)
+
+    async def between(self, first: int, last: int) -> Series:
+        """Read a range of steps, one after the other with all else that is read.
+
+        Raises:
+            LedgerError: it cannot be read now.
+        """
+        return await self._reader.call(self.tail.between, first, last)
 
     async def _until_due(self, looked_s: float) -> None:
         """Wait for something new, for the first watcher, or for the time of the next status."""

@@ -101,7 +101,23 @@ class Page:
                 400,
                 f"domains must be at most {MAX_CURVES} numbers of domains, with commas between",
             )
-        return JSONResponse(self.live.tail.series.curves(domains))
+        if "first" not in request.query_params:
+            return JSONResponse({"first": 0, **self.live.tail.series.curves(domains)})
+        return await self._between(request, domains)
+
+    async def _between(self, request: Request, domains: list[int]) -> Response:
+        """Answer with the curves of a range of steps, finer than those of the whole run."""
+        try:
+            first, last = (int(request.query_params[name]) for name in ("first", "last"))
+            if not 0 <= first <= last < 2**63:
+                raise ValueError
+        except (KeyError, ValueError):
+            return refused(400, "first and last must be steps, the first one not after the last")
+        try:
+            series = await self.live.between(first, last)
+        except HeadraceError as error:
+            return refused(503, str(error).replace(str(self.ledger), "the ledger"))
+        return JSONResponse({"first": first, **series.curves(domains)})
 
     async def _alignment(self, request: Request) -> Response:
         return JSONResponse(self.live.tail.heat.packed())

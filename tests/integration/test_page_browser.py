@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from controller.ledger import reading_ledger
@@ -127,6 +129,37 @@ def test_everything_can_be_done_by_keyboard(browser: Browser, site: Served) -> N
     _press(browser, Keys.ENTER)
     browser.until(f"return !({banner.removeprefix('return ')})", "Operator at the wheel")
     assert browser.complaints() == []
+
+
+def test_a_range_is_drawn_in_finer_points_by_pointer_and_by_keyboard(
+    browser: Browser, site: Served
+) -> None:
+    _open(browser, site)
+    chart = browser.driver.find_element(By.CSS_SELECTOR, "#c-loss .u-over")
+    drag = ActionChains(browser.driver).move_to_element(chart)
+    drag.click_and_hold().move_by_offset(60, 0).release().perform()
+    range_ = "document.getElementById('zoom-range').textContent"
+    told = browser.until(f"return {range_}.startsWith('steps ') && {range_}")
+    first, last = (int(word.replace(",", "")) for word in re.findall(r"[\d,]+\d|\d", told)[:2])
+    assert 0 < last - first < _newest(browser) / 3
+    assert browser.run("return document.getElementById('decision-title').textContent") != ""
+    for button in ("zoom-in", "zoom-earlier"):
+        browser.run("document.getElementById(arguments[0]).focus()", button)
+        before = browser.run(f"return {range_}")
+        _press(browser, Keys.ENTER)
+        browser.until(f"return {range_} !== arguments[0]", before)
+    while "apart" in (before := browser.run(f"return {range_}")):
+        browser.run("document.getElementById('zoom-in').click()")
+        browser.until(f"return {range_} !== arguments[0]", before)
+    assert browser.violations() == []
+    browser.run("document.getElementById('zoom-whole').focus()")
+    _press(browser, Keys.ENTER)
+    browser.until(f"return {range_} === 'the whole run'")
+    assert browser.complaints() == []
+
+
+def _newest(browser: Browser) -> int:
+    return int(browser.run("return document.getElementById('scrub').max"))
 
 
 def _press(browser: Browser, key: str) -> None:

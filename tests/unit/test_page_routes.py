@@ -36,6 +36,10 @@ def _call(url: str, body: object = None) -> tuple[int, Any]:
         return error.code, json.loads(error.read())
 
 
+def _packed(values: np.ndarray[Any, np.dtype[np.float32]]) -> str:
+    return base64.b64encode(values.tobytes()).decode()
+
+
 class _Site:
     """A page and the controller behind it."""
 
@@ -81,6 +85,13 @@ def test_curves_decisions_and_the_heat_map_are_those_of_the_run(tmp_path: Path) 
             told = await site.until("api/series?domains=0,2", "length", 10)
             loss = np.frombuffer(base64.b64decode(told["loss"][0]), "<f4")
             assert np.isfinite(loss).all()
+            _, part = await site.get("api/series?domains=0,2&first=3&last=6")
+            assert (part["first"], part["width"], part["length"]) == (3, 1, 4)
+            assert part["loss"][0] == _packed(loss[3:7])
+            for query in ("first=3", "first=-1&last=6", "first=4&last=3", "first=x&last=4"):
+                refused, why = await site.get(f"api/series?domains=0&{query}")
+                assert refused == 400
+                assert "first and last must be steps" in why["error"]
             _, heat = await site.get("api/alignment")
             assert (heat["step"], heat["size"]) == (9, 3)
             _, step = await site.get("api/steps/4")

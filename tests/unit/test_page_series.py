@@ -11,7 +11,7 @@ import pytest
 
 from controller.dashboard.alignment import HeatMap, rewards_of
 from controller.dashboard.ledger_tail import BACKLOG_ROWS, LedgerTail
-from controller.dashboard.series import Point, Series
+from controller.dashboard.series import MAX_POINTS, Point, Series
 from controller.ledger import Ledger
 from controller.ledger_schema import Entry, Kind
 from tests.fakes_page import Course, page_run, write_course
@@ -110,6 +110,24 @@ def test_a_long_ledger_is_read_in_a_bounded_number_of_steps_spread_evenly(tmp_pa
     assert [event["event"] for event in tail.events] == ["ranks joined", "worker lost"]
 
 
+def test_a_range_of_a_long_run_is_read_in_points_as_fine_as_there_are(tmp_path: Path) -> None:
+    config = page_run(tmp_path, ("web", "code", "books"), steps=6000)
+    write_course(config, 5000)
+    tail = LedgerTail(config.ledger_path, 3)
+    course = Course(3, 6000)
+    observations = [course.observation(step) for step in range(5000)]
+    told = tail.between(1000, 1299).curves([1])
+    assert (told["width"], told["length"]) == (1, 300)
+    loss = [observations[step].loss[1] for step in range(1000, 1300)]
+    assert _numbers(told["loss"][0]) == pytest.approx(np.array(loss), rel=1e-6, nan_ok=True)
+    for first, last in ((100, 1200), (0, 4999), (4900, 9000)):
+        told = tail.between(first, last).curves([0])
+        num_steps = min(last, 4999) - first + 1
+        assert told["length"] == -(-num_steps // told["width"]) <= MAX_POINTS
+        assert np.isfinite(_numbers(told["planned"][0])).all()
+    assert tail.between(5000, 6000).curves([0])["length"] == 0
+
+
 def test_steps_that_were_abandoned_are_not_drawn(tmp_path: Path) -> None:
     config = page_run(tmp_path, ("web", "code", "books"), steps=100)
     write_course(config, 20)
@@ -124,3 +142,4 @@ def test_steps_that_were_abandoned_are_not_drawn(tmp_path: Path) -> None:
     told = tail.series.curves([0])
     assert told["epoch"] > before
     assert told["length"] == 12
+    assert tail.between(8, 19).curves([0])["length"] == 4

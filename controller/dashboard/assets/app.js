@@ -7,6 +7,7 @@ import { Heat } from "./heat.js";
 import { makeSteering } from "./steer.js";
 import { Store } from "./store.js";
 import { Domains, Legend, showBanner, showFacts, showLists } from "./tables.js";
+import { Zoom } from "./zoom.js";
 
 const RETRY_MS = 2000;
 
@@ -35,7 +36,9 @@ class Page {
     this.heat = new Heat(run.domains);
     this.legend = new Legend(this.store);
     this.domains = new Domains(this.store, () => this.reload());
+    this.zoom = new Zoom(this.store, { middle: () => this.inspected, onChange: () => this.reload() });
     this.charts = makeCharts(this.store, {
+      onRange: (first, width) => this.zoom.show(first, width),
       onPick: (step) => this.inspect(step),
       onMove: (step) => {
         if (step === this.hovered) return;

@@ -33,9 +33,9 @@ function shortStep(step) {
 
 /** A chart that is made anew when its series or the colours change, and else only gets new data. */
 class Chart {
-  constructor(id, { label, onPick, onMove, series, axes, scales, nothing }) {
+  constructor(id, { label, onPick, onMove, onRange, series, axes, scales, nothing }) {
     this.place = byId(id);
-    this.options = { label, onPick, onMove, series, axes, scales };
+    this.options = { label, onPick, onMove, onRange, series, axes, scales };
     this.key = "";
     this.plot = null;
     this.note = empty(nothing);
@@ -63,7 +63,7 @@ class Chart {
   }
 
   build(key, data) {
-    const { onPick, onMove, series, axes, scales } = this.options;
+    const { onPick, onMove, onRange, series, axes, scales } = this.options;
     if (this.plot) this.plot.destroy();
     this.key = key;
     this.plot = new uPlot(
@@ -72,12 +72,19 @@ class Chart {
         height: this.place.clientHeight || 190,
         padding: [8, 10, 0, 0],
         legend: { show: false },
-        cursor: { sync: { key: SYNC.key, setSeries: false }, drag: { x: false, y: false }, points: { show: false }, y: false },
+        cursor: { sync: { key: SYNC.key, setSeries: false, filters: { pub: (type) => type === "mousemove" || type === "mouseleave" } }, drag: { x: true, y: false, setScale: false, dist: 6 }, points: { show: false }, y: false },
         scales: { x: { time: false }, ...scales },
         axes: [stepAxis(), ...axes()],
         series: [{}, ...series(data.length - 1)],
         hooks: {
           setCursor: [(plot) => onMove(plot.cursor.idx === null || plot.cursor.idx === undefined ? null : plot.data[0][plot.cursor.idx])],
+          setSelect: [(plot) => {
+            const { left, width } = plot.select;
+            if (!width) return;
+            plot.setSelect({ left: 0, width: 0 }, false);
+            const [first, last] = [left, left + width].map((at) => Math.round(plot.posToVal(at, "x")));
+            onRange(first, last - first + 1);
+          }],
         },
       },
       data,
@@ -121,8 +128,7 @@ function areas(count) {
   });
 }
 
-export function makeCharts(store, { onPick, onMove }) {
-  const common = { onPick, onMove };
+export function makeCharts(store, common) {
   let shares = "planned";
   const mixture = new Chart("c-mixture", {
     ...common,
@@ -170,12 +176,13 @@ export function makeCharts(store, { onPick, onMove }) {
   });
 
   function draw() {
-    if (store.drawn === null || !store.curves.planned) return;
+    const { steps, curves, scalars } = store.shown;
+    if (store.drawn === null || !curves.planned) return;
     const key = `${store.drawn.join()}|${theme}`;
-    mixture.show(key, [store.steps, ...store.stacked(shares)]);
-    loss.show(key, [store.steps, ...store.curves.loss]);
-    reward.show(key, [store.steps, ...store.curves.reward]);
-    speed.show(`${theme}`, [store.steps, store.scalars.tokens_per_s, store.scalars.data_wait_share]);
+    mixture.show(key, [steps, ...store.stacked(shares)]);
+    loss.show(key, [steps, ...curves.loss]);
+    reward.show(key, [steps, ...curves.reward]);
+    speed.show(`${theme}`, [steps, scalars.tokens_per_s, scalars.data_wait_share]);
   }
 
   return {

@@ -8,17 +8,30 @@ export const MOST_DRAWN = 9;
 
 const plain = (values) => Array.from(values, (value) => (Number.isFinite(value) ? value : null));
 
+const nothing = () => ({ first: 0, width: 1, length: 0, steps: [], curves: {}, scalars: {} });
+
+/** Curves as the controller tells them: kind -> a list for each drawn domain, and the run's own. */
+function curvesOf(told) {
+  const { first, width, length } = told;
+  return {
+    first,
+    width,
+    length,
+    steps: Array.from({ length }, (_, index) => first + index * width),
+    curves: Object.fromEntries(KINDS.map((kind) => [kind, told[kind].map((text) => plain(unpack(text)))])),
+    scalars: Object.fromEntries(SCALARS.map((name) => [name, plain(unpack(told[name]))])),
+  };
+}
+
 export class Store {
   constructor(run) {
     this.run = run;
     this.size = run.domains.length;
     this.drawn = null; // numbers of domains, at most MOST_DRAWN
     this.epoch = -1;
-    this.width = 1;
-    this.length = 0;
-    this.steps = [];
-    this.curves = {}; // kind -> a list for each drawn domain
-    this.scalars = {};
+    this.whole = nothing();
+    this.part = null; // the same of the range that is looked at; null: the whole run is
+    this.range = null; // [first, last] step of it
     this.newest = null; // kind -> all domains' values in the newest point
     this.losses = new Float32Array(this.size).fill(NaN); // newest known of all domains
     this.means = null; // [planned, executed] of all domains over the run
@@ -43,7 +56,7 @@ export class Store {
     });
     if (told.epoch !== this.epoch || told.gap || this.drawn === null) return told.length > 0;
     for (const [index, values] of points) this.put(index, values);
-    return points.length > 0 && points[0][0] > this.length;
+    return points.length > 0 && points[0][0] > this.whole.length;
   }
 
   split(values) {
@@ -53,20 +66,21 @@ export class Store {
   }
 
   put(index, values) {
-    while (this.length <= index) {
-      this.steps.push(this.length * this.width);
-      for (const kind of KINDS) for (const curve of this.curves[kind]) curve.push(null);
-      for (const name of SCALARS) this.scalars[name].push(null);
-      this.length += 1;
+    const { whole } = this;
+    while (whole.length <= index) {
+      whole.steps.push(whole.length * whole.width);
+      for (const kind of KINDS) for (const curve of whole.curves[kind]) curve.push(null);
+      for (const name of SCALARS) whole.scalars[name].push(null);
+      whole.length += 1;
     }
     const finite = (value) => (Number.isFinite(value) ? value : null);
     KINDS.forEach((kind, place) => {
       this.drawn.forEach((domain, at) => {
-        this.curves[kind][at][index] = finite(values[place * this.size + domain]);
+        whole.curves[kind][at][index] = finite(values[place * this.size + domain]);
       });
     });
     SCALARS.forEach((name, place) => {
-      this.scalars[name][index] = finite(values[KINDS.length * this.size + place]);
+      whole.scalars[name][index] = finite(values[KINDS.length * this.size + place]);
     });
   }
 
@@ -95,29 +109,36 @@ export class Store {
       this.wanted = false;
       if (this.drawn === null) this.choose();
       const asked = [...this.drawn];
-      const told = await ask(`/api/series?domains=${asked.join(",")}`);
+      const { range } = this;
+      const query = `/api/series?domains=${asked.join(",")}`;
+      const told = await ask(query);
+      const finer = range && (await ask(`${query}&first=${range[0]}&last=${range[1]}`));
       this.epoch = told.epoch;
-      this.width = told.width;
-      this.length = told.length;
-      this.steps = Array.from({ length: told.length }, (_, index) => index * told.width);
-      for (const kind of KINDS) this.curves[kind] = told[kind].map((text) => plain(unpack(text)));
-      for (const name of SCALARS) this.scalars[name] = plain(unpack(told[name]));
-      if (asked.join() !== this.drawn.join()) this.wanted = true;
+      this.whole = curvesOf(told);
+      this.part = finer && curvesOf(finer);
+      if (asked.join() !== this.drawn.join() || range !== this.range) this.wanted = true;
     }
   }
 
-  /** The point that holds a step; null: there is none. */
+  /** What the charts draw: the range that is looked at, or the whole run. */
+  get shown() {
+    return this.part ?? this.whole;
+  }
+
+  /** The drawn point that holds a step; null: there is none. */
   pointOf(step) {
-    const index = Math.min(Math.floor(step / this.width), this.length - 1);
+    const { first, width, length } = this.shown;
+    const index = Math.min(Math.floor((step - first) / width), length - 1);
     return index >= 0 ? index : null;
   }
 
   /** The upper end of the shares' axis: room for the drawn domains, and the others where they fit. */
   topOf(kind) {
+    const { curves, length } = this.shown;
     let most = 0;
-    for (let index = 0; index < this.length; index += 1) {
+    for (let index = 0; index < length; index += 1) {
       let sum = 0;
-      for (const curve of this.curves[kind]) sum += curve[index] ?? 0;
+      for (const curve of curves[kind]) sum += curve[index] ?? 0;
       most = Math.max(most, sum);
     }
     return most > 0.6 || most === 0 ? 1 : Math.min(1, Math.ceil(most * 1.25 * 20) / 20);
@@ -125,9 +146,9 @@ export class Store {
 
   /** Cumulated shares for stacking, greatest sum first: the others on top, then the drawn ones. */
   stacked(kind) {
-    const curves = this.curves[kind];
+    const curves = this.shown.curves[kind];
     const sums = [];
-    const running = new Array(this.length).fill(0);
+    const running = new Array(this.shown.length).fill(0);
     for (const curve of curves) {
       sums.push(curve.map((value, index) => {
         if (value === null) return null;

@@ -19,17 +19,18 @@ export class Legend {
 
   show(step, kind) {
     const { store } = this;
-    if (store.drawn === null || !store.curves.planned) return;
+    const { curves, length } = store.shown;
+    if (store.drawn === null || !curves.planned) return;
     if (this.key !== store.drawn.join()) this.build();
-    const at = step === null ? store.length - 1 : store.pointOf(step);
+    const at = step === null ? length - 1 : store.pointOf(step);
     let sum = 0;
     store.drawn.forEach((_, place) => {
-      const share = store.curves[kind][place][at];
+      const share = curves[kind][place]?.[at];
       sum += share ?? 0;
       const [shareCell, lossCell, rewardCell] = this.cells[place];
       say(shareCell, percent(share));
-      say(lossCell, number(lastKnown(store.curves.loss[place], at)));
-      say(rewardCell, digits(lastKnown(store.curves.reward[place], at)));
+      say(lossCell, number(lastKnown(curves.loss[place], at)));
+      say(rewardCell, digits(lastKnown(curves.reward[place], at)));
     });
     if (this.others) say(this.others, percent(Math.max(0, 1 - sum)));
   }
