@@ -18,8 +18,8 @@ from deploy.accounting import ExpectedOrder, Place
 from deploy.dataset import Dataset, ShardOrder
 from deploy.history import Delivery, History
 from loader_workers.convert import Converter
+from loader_workers.token_shard import Tokens
 from loader_workers.tokenize import make_tokenize
-from loader_workers.window import Tokens
 from protos.spec import BEST_FIT
 from protos.types import Lane
 

@@ -1,7 +1,7 @@
-"""The shard cache: every shard is tokenized once on a machine, and mapped from then on.
+"""The shard cache: every shard is tokenized once on a machine, and read from a file from then on.
 
 Several workers may share a folder. Locks on files keep them from building the same shard twice
-and from evicting what another one has mapped; a killed worker's locks fall by themselves.
+and from evicting what another one has open; a killed worker's locks fall by themselves.
 """
 
 from __future__ import annotations
@@ -140,6 +140,10 @@ class ShardCache:
         """Return a shard that is at hand or on disk and sound."""
         with self._lock:
             known = self._open.get(key) or self._kept.get(key)
+            if known is not None and not known.is_unchanged():
+                logger.warning("somebody changed the token shard of %s", shard.url)
+                self._open.pop(key, None)
+                known = None
         if known is not None:
             self._note(shard, known)
             return known
@@ -182,7 +186,7 @@ class ShardCache:
             if key not in self._open:
                 self._kept[key] = built
         self._note(shard, built)
-        self._evict(built.tokens.nbytes + built.offsets.nbytes)
+        self._evict(built.num_bytes)
         return built
 
     @contextlib.contextmanager

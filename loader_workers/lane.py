@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loader_workers.source import OpenedWindow, WindowSource
-from loader_workers.window import Tokens
+from loader_workers.token_shard import Tokens
 from protos.errors import DomainEmpty, InvalidMessage
 from protos.types import Lane, Places
 

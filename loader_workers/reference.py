@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from loader_workers.convert import Converter
 from loader_workers.order import EpochOrder, NumberedShards, OrderKey
+from loader_workers.token_shard import Tokens
 from loader_workers.tokenize import Tokenize
-from loader_workers.window import Tokens
 from protos.dataset_index import DatasetIndex
 from protos.spec import BEST_FIT, RunSpec
 from protos.types import Lane

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from loader_workers.build_pool import NOW
 from loader_workers.cache import ShardCache
 from loader_workers.order import EpochOrder, NumberedShards, OrderKey
-from loader_workers.token_shard import TokenShard
-from loader_workers.window import ShardsOf, Tokens, Window
+from loader_workers.token_shard import Tokens, TokenShard
+from loader_workers.window import ShardsOf, Window
 from loader_workers.window_memory import WindowMemory
 from protos.dataset_index import DatasetIndex
 from protos.errors import IndexMismatch

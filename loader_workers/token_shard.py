@@ -1,9 +1,12 @@
-"""Token shards: a shard's token ids in one flat file that is checked whole, then memory-mapped.
+"""Token shards: a shard's token ids in one flat file that is checked whole, then read by places.
 
     magic 8 | header bytes uint32 | payload bytes uint64 | SHA-256 32 | header (JSON) | payload
 
 The payload is uint64 document offsets, then tokens; the header says how many of each. The hash
 covers everything else in the file. All numbers are little-endian.
+
+Tokens are copied by system calls and never mapped: to read a mapped file that somebody has cut off
+ends the process (SIGBUS), and no check before can rule that out.
 """
 
 from __future__ import annotations
@@ -12,16 +15,18 @@ import errno
 import fcntl
 import hashlib
 import json
-import mmap
 import os
 import struct
 import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loader_workers.convert import Documents
+from protos.errors import NotReady
 from protos.failpoints import DurableWrite, Failpoint
 
 MAGIC = b"HRTOKEN1"
@@ -30,6 +35,10 @@ _RENAME = DurableWrite("token_shard.rename", "a synced token shard gets its name
 _PREFIX = struct.Struct("<8sIQ32s")
 _ALIGNMENT = 64
 _HASHED_AT_ONCE = 4 << 20
+_BUFFERS_A_CALL = os.sysconf("SC_IOV_MAX")
+
+Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+Positions = NDArray[np.int64]
 
 
 class TokenShardDamaged(Exception):
@@ -37,15 +46,115 @@ class TokenShardDamaged(Exception):
 
 
 class TokenShard:
-    """The token ids of a shard, document by document. While one lives its file is not evicted."""
+    """The token ids of a shard, document by document. While one lives its file is not evicted.
 
-    def __init__(self, documents: Documents) -> None:
-        self.offsets: NDArray[np.int64] = documents.offsets.view(np.int64)
+    Thread-safe.
+    """
+
+    def __init__(self, documents: Documents, file: _TokenFile | None = None) -> None:
+        """Hold documents; their tokens are read from `file` each time if there is one."""
+        self.offsets: Positions = documents.offsets.view(np.int64)
         """[documents + 1]"""
 
-        self.tokens = documents.tokens
+        self.num_tokens = int(self.offsets[-1])
+        self.dtype = documents.tokens.dtype
         self.unreadable = documents.unreadable
         self.lost = documents.lost
+        self._tokens = documents.tokens
+        self._file = file
+
+    @property
+    def num_bytes(self) -> int:
+        """How much its offsets and tokens take."""
+        return self.offsets.nbytes + self.num_tokens * self.dtype.itemsize
+
+    @property
+    def tokens(self) -> Tokens:
+        """A copy of all its tokens."""
+        every: Tokens = np.empty(self.num_tokens, self.dtype)
+        self.scatter(every, *(np.array([each]) for each in (0, 0, self.num_tokens)))
+        return every
+
+    def is_unchanged(self) -> bool:
+        """Tell whether its file still is what it was when it was opened."""
+        return self._file is None or self._file.is_unchanged()
+
+    def scatter(
+        self, target: Tokens, places: Positions, starts: Positions, lengths: Positions
+    ) -> None:
+        """Copy runs of tokens: `lengths` of them from each of `starts`, to `places` of `target`.
+
+        Raises:
+            NotReady: the file no longer has them.
+        """
+        order = np.argsort(starts)
+        runs = [each[order].tolist() for each in (places, starts, lengths)]
+        if self._file is None:
+            for place, start, length in zip(*runs, strict=True):
+                target[place : place + length] = self._tokens[start : start + length]
+            return
+        whole = target.data
+        buffers: list[memoryview] = []
+        first = end = 0
+        for place, start, length in zip(*runs, strict=True):
+            # What lies together in the file is read by one call, wherever it goes.
+            if start != end or len(buffers) == _BUFFERS_A_CALL:
+                self._file.read_tokens(buffers, first)
+                buffers, first, end = [], start, start
+            buffers.append(whole[place : place + length])
+            end += length
+        self._file.read_tokens(buffers, first)
+
+
+class _TokenFile:
+    """The open file of a token shard, under a shared lock until nobody has it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor).atexit = False
+        fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+        self._identity = self._identify()
+        self.num_bytes, _ = self._identity
+        self.tokens_at = 0
+        """In bytes."""
+
+    def _identify(self) -> tuple[int, int]:
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def is_unchanged(self) -> bool:
+        return self._identify() == self._identity
+
+    def read(self, at: int, num_bytes: int) -> bytes:
+        """Return the bytes from `at` on.
+
+        Raises:
+            TokenShardDamaged: there are fewer.
+        """
+        data = os.pread(self._descriptor, num_bytes, at)
+        if len(data) < num_bytes:
+            raise TokenShardDamaged(f"{self._path} is cut off")
+        return data
+
+    def chunks(self, at: int) -> Iterator[bytes]:
+        """Yield the bytes from `at` on; raises as `read` does."""
+        for start in range(at, self.num_bytes, _HASHED_AT_ONCE):
+            yield self.read(start, min(_HASHED_AT_ONCE, self.num_bytes - start))
+
+    def read_tokens(self, buffers: Sequence[memoryview], start: int) -> None:
+        """Fill `buffers`, one after the other, with the tokens from `start` on; raises NotReady."""
+        num_bytes = sum(each.nbytes for each in buffers)
+        at = self.tokens_at + start * (buffers[0].itemsize if buffers else 0)
+        try:
+            found = os.preadv(self._descriptor, buffers, at)
+        except OSError as error:
+            raise NotReady(f"cannot read the token shard {self._path}: {error}") from error
+        if found < num_bytes:
+            raise NotReady(
+                f"somebody cut off the token shard {self._path}, which is built again; open the "
+                "stream again"
+            )
 
 
 def write_token_shard(path: Path, documents: Documents) -> None:
@@ -77,28 +186,23 @@ def write_token_shard(path: Path, documents: Documents) -> None:
 
 
 def open_token_shard(path: Path, *, verify: bool) -> TokenShard:
-    """Map a token shard; `verify` reads it whole and checks its hash.
+    """Open a token shard; `verify` reads it whole and checks its hash.
 
-    A shared lock is held for as long as the map lives.
+    A shared lock is held for as long as it lives.
 
     Raises:
         FileNotFoundError: there is none.
         TokenShardDamaged: it is cut off, or not what was written.
     """
-    with path.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        if os.fstat(file.fileno()).st_size < _PREFIX.size:
-            raise TokenShardDamaged(f"{path} is cut off")
-        # The map keeps a duplicate of the descriptor, and with it the lock.
-        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    magic, header_bytes, payload_bytes, digest = _PREFIX.unpack_from(mapped)
-    if magic != MAGIC or len(mapped) != _PREFIX.size + header_bytes + payload_bytes:
+    file = _TokenFile(path)
+    magic, header_bytes, payload_bytes, digest = _PREFIX.unpack(file.read(0, _PREFIX.size))
+    if magic != MAGIC or file.num_bytes != _PREFIX.size + header_bytes + payload_bytes:
         raise TokenShardDamaged(f"{path} is no token shard, or cut off")
     if verify:
         blank = _PREFIX.pack(magic, header_bytes, payload_bytes, bytes(32))
-        if _digest(blank, memoryview(mapped)[_PREFIX.size :]) != digest:
+        if _digest(blank, *file.chunks(_PREFIX.size)) != digest:
             raise TokenShardDamaged(f"{path} has other bytes than were written")
-    return TokenShard(_documents(mapped, header_bytes))
+    return TokenShard(_documents(file, header_bytes), file)
 
 
 def _header(documents: Documents) -> bytes:
@@ -113,26 +217,28 @@ def _header(documents: Documents) -> bytes:
     return header + b" " * (-(_PREFIX.size + len(header)) % _ALIGNMENT)
 
 
-def _documents(mapped: mmap.mmap, header_bytes: int) -> Documents:
+def _documents(file: _TokenFile, header_bytes: int) -> Documents:
+    """Return all but the tokens, and tell the file where those are."""
     payload_at = _PREFIX.size + header_bytes
     try:
-        header = json.loads(mapped[_PREFIX.size : payload_at])
+        header = json.loads(file.read(_PREFIX.size, header_bytes))
         count = header["documents"] + 1
-        offsets = np.frombuffer(mapped, "<u8", count=count, offset=payload_at)
+        offsets = np.frombuffer(file.read(payload_at, 8 * count), "<u8")
         dtype = np.dtype(header["dtype"])
-        tokens = np.frombuffer(mapped, dtype, count=header["tokens"], offset=payload_at + 8 * count)
+        file.tokens_at = payload_at + 8 * count
+        is_whole = file.tokens_at + header["tokens"] * dtype.itemsize == file.num_bytes
         unreadable = tuple((int(sample), str(reason)) for sample, reason in header["unreadable"])
     except (ValueError, KeyError, TypeError) as error:
         raise TokenShardDamaged(f"a token shard's header cannot be read: {error}") from error
-    return Documents(offsets=offsets, tokens=tokens, unreadable=unreadable)
+    if not is_whole or offsets[-1] != header["tokens"]:
+        raise TokenShardDamaged("a token shard's header and its size do not fit")
+    return Documents(offsets=offsets, tokens=np.empty(0, dtype), unreadable=unreadable)
 
 
-def _digest(*parts: bytes | memoryview) -> bytes:
+def _digest(*parts: bytes) -> bytes:
     digest = hashlib.sha256()
     for part in parts:
-        view = memoryview(part)
-        for at in range(0, len(view), _HASHED_AT_ONCE):
-            digest.update(view[at : at + _HASHED_AT_ONCE])
+        digest.update(part)
     return digest.digest()
 
 

@@ -14,18 +14,16 @@ from numpy.typing import NDArray
 
 from loader_workers.order import WindowSamples
 from loader_workers.packing import lay_out
-from loader_workers.token_shard import TokenShard
+from loader_workers.token_shard import Tokens, TokenShard
 from protos.errors import NotReady
-
-Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 
 ShardsOf = Callable[[], Mapping[int, TokenShard]]
 """Gives the window's token shards by their position in the domain."""
 
 
 def _changed() -> NotReady:
-    # It was evicted and built again from a source that has been damaged since; a window that is
-    # opened anew leaves out what is gone, as it would on another worker.
+    # It was evicted, or harmed, and built again from a source that has been damaged since; a window
+    # that is opened anew leaves out what is gone, as it would on another worker.
     return NotReady("a token shard changed under an open window; open the stream again")
 
 
@@ -51,6 +49,7 @@ class Window:
         self._dtype = dtype
         starts = np.zeros(len(samples.samples), dtype=np.int64)
         ends = np.zeros(len(samples.samples), dtype=np.int64)
+        self._shard_tokens = {position: shard.num_tokens for position, shard in shards.items()}
         for position, shard in shards.items():
             here = samples.shards == position
             starts[here] = shard.offsets[samples.samples[here]]
@@ -81,25 +80,11 @@ class Window:
 
     def join(self, shards: Mapping[int, TokenShard]) -> None:
         """Lay the tokens side by side in memory."""
-        tokens = np.empty(self._num_places, dtype=self._dtype)
-        token_arrays = {position: shard.tokens for position, shard in shards.items()}
-        # Ends of documents and padding: what stands between the runs, and after the last.
-        gaps = np.diff(self._starts, append=self._num_places) - self._lengths
-        eots = np.full(gaps.max(initial=0), self._eot_id, dtype=self._dtype)
-        pieces: list[Tokens] = []
-        for position, start, end, gap in zip(
-            self._source_shards.tolist(),
-            self._source_starts.tolist(),
-            (self._source_starts + self._lengths).tolist(),
-            gaps.tolist(),
-            strict=True,
-        ):
-            pieces.append(token_arrays[position][start:end])
-            pieces.append(eots[:gap])
-        if sum(map(len, pieces)) != len(tokens):
-            raise _changed()
-        if pieces:
-            np.concatenate(pieces, out=tokens)
+        # Filled with end-of-text: what is left of it are the ends of documents and the padding.
+        tokens = np.full(self._num_places, self._eot_id, dtype=self._dtype)
+        self._copy(
+            tokens, self._starts, self._source_shards, self._source_starts, self._lengths, shards
+        )
         self._rows = np.lib.stride_tricks.as_strided(
             tokens,
             (self.num_sequences, self._sequence_length + 1),
@@ -126,11 +111,8 @@ class Window:
         rows = self._rows
         if rows is not None:
             return rows[sequences], num_tokens
-        # Filled with end-of-text: what is left of it are the ends of documents and the padding.
         tokens = np.full((len(sequences), width), self._eot_id, dtype=self._dtype)
-        held = shards()
-        for row, start in zip(tokens, first.tolist(), strict=True):
-            self._fill(row, start, held)
+        self._fill(tokens, first, shards())
         return tokens, num_tokens
 
     def document_starts(self, sequences: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -147,19 +129,42 @@ class Window:
             for one, other, at in zip(begin, end, first.tolist(), strict=True)
         ]
 
-    def _fill(self, row: Tokens, start: int, shards: Mapping[int, TokenShard]) -> None:
-        """Copy into `row` what documents have of the places from `start` on."""
-        end = start + len(row)
-        document = int(np.searchsorted(self._starts, start, side="right")) - 1
-        while document < len(self._starts) and self._starts[document] < end:
-            at = int(self._starts[document])
-            skipped = max(start - at, 0)
-            length = min(int(self._lengths[document]), end - at) - skipped
-            if length > 0:
-                source = int(self._source_starts[document]) + skipped
-                found = shards[int(self._source_shards[document])].tokens[source : source + length]
-                if len(found) < length:
-                    raise _changed()
-                to = at + skipped - start
-                row[to : to + length] = found
-            document += 1
+    def _fill(
+        self, rows: Tokens, first: NDArray[np.int64], shards: Mapping[int, TokenShard]
+    ) -> None:
+        """Copy into each of `rows` what documents have of the places from `first` on."""
+        width = rows.shape[1]
+        begin = np.maximum(np.searchsorted(self._starts, first, side="right") - 1, 0)
+        counts = np.searchsorted(self._starts, first + width) - begin
+        row = np.repeat(np.arange(len(rows)), counts)
+        run = np.arange(counts.sum()) + np.repeat(begin - np.cumsum(counts) + counts, counts)
+        # Counted from the row's own first place; what lies before that is skipped.
+        start = self._starts[run] - first[row]
+        skipped = np.maximum(-start, 0)
+        lengths = np.minimum(self._lengths[run], width - start) - skipped
+        kept = lengths > 0
+        self._copy(
+            rows.reshape(-1),
+            (row * width + start + skipped)[kept],
+            self._source_shards[run][kept],
+            (self._source_starts[run] + skipped)[kept],
+            lengths[kept],
+            shards,
+        )
+
+    def _copy(
+        self,
+        target: Tokens,
+        places: NDArray[np.int64],
+        source_shards: NDArray[np.int64],
+        source_starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        shards: Mapping[int, TokenShard],
+    ) -> None:
+        """Copy runs of tokens from their shards to their places in `target`."""
+        # A shard that lost documents holds fewer tokens; the rest of it is what it was.
+        if {position: shard.num_tokens for position, shard in shards.items()} != self._shard_tokens:
+            raise _changed()
+        for position, shard in shards.items():
+            here = source_shards == position
+            shard.scatter(target, places[here], source_starts[here], lengths[here])

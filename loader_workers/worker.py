@@ -346,7 +346,7 @@ def default_cache_dir() -> Path:
 
 
 def _raise_file_limit() -> None:
-    """Allow more open files if the system lets us: each mapped token shard holds one."""
+    """Allow more open files if the system lets us: each open token shard holds one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:

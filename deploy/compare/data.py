@@ -235,7 +235,7 @@ def tokenize_all(data: PreparedData, spec: RunSpec) -> None:
     with data.cache(spec) as cache:
         cache.prefetch(shard for domain in index.domains for shard in index.shards(domain))
         counts = {
-            domain: sum(len(cache.get(shard).tokens) for shard in index.shards(domain))
+            domain: sum(cache.get(shard).num_tokens for shard in index.shards(domain))
             for domain in index.domains
         }
     write_whole(path, json.dumps(counts, indent=2) + "\n")

@@ -28,8 +28,8 @@ from loader_workers.cache import ShardCache
 from loader_workers.composer import Composer
 from loader_workers.convert import Converter
 from loader_workers.source import WindowSource
+from loader_workers.token_shard import Tokens
 from loader_workers.tokenize import make_tokenize
-from loader_workers.window import Tokens
 from protos.errors import ConfigError, LedgerError
 from protos.planbook import PlanBook
 from protos.slots import lane_counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from loader_workers.token_shard import (
     open_token_shard,
     write_token_shard,
 )
+from protos.errors import NotReady
 
 
 def _documents(lengths: list[int], *, wide: bool = False) -> Documents:
@@ -66,6 +68,17 @@ def test_any_cut_and_any_addition_is_noticed_without_reading_it_whole(tmp_path: 
         path.write_bytes(damaged)
         with pytest.raises(TokenShardDamaged):
             open_token_shard(path, verify=False)
+
+
+def test_a_shard_cut_off_while_it_is_open_ends_the_read_and_not_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "a.tokens"
+    write_token_shard(path, _documents([3, 0, 70_000]))
+    held = open_token_shard(path, verify=True)
+    assert held.is_unchanged()
+    os.truncate(path, path.stat().st_size - 2)
+    assert not held.is_unchanged()
+    with pytest.raises(NotReady, match=r"somebody cut off the token shard .*a\.tokens"):
+        _ = held.tokens
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -75,6 +75,14 @@ def test_a_shard_that_is_not_what_it_was_is_noticed_and_the_stream_must_be_opene
         window.join(shorter)
 
 
+def test_a_shard_that_lost_a_document_gives_no_other_document_in_its_place() -> None:
+    window = _window({0: _shard(6, 6, 6)})
+    lost = {0: _shard(6, 0, 6)}
+    for sequence in range(window.num_sequences):
+        with pytest.raises(NotReady, match="changed under an open window"):
+            window.gather(np.array([sequence]), lambda: lost)
+
+
 def test_the_window_used_longest_ago_makes_room() -> None:
     shards = {0: _shard(40)}
     windows = [_window(shards) for _ in range(3)]

@@ -1,0 +1,81 @@
+"""Shards and token shards that somebody cuts off or replaces while they are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.fakes_consumer import (
+    ConsumedRun,
+    WorkerProcess,
+    consumed_run,
+    global_batches,
+    write_corpus,
+    write_run,
+)
+
+pytestmark = pytest.mark.slow
+
+NUM_STEPS = 40
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def _overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        file.write(bytes(100))
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+@contextmanager
+def _run_without_windows_in_memory(out: Path, patterns: dict[str, str]) -> Iterator[ConsumedRun]:
+    """Serve a run by a worker that gathers every sequence from its token shards."""
+    with consumed_run(write_run(out, patterns, steps=NUM_STEPS), num_workers=0) as run:
+        run.workers["w0"] = WorkerProcess(
+            run.address,
+            "w0",
+            cache=out / "cache",
+            log=out / "w0.log",
+            options=["--window-bytes", "0"],
+        )
+        yield run
+
+
+@pytest.mark.fault_row(26, "token shards cut off, emptied, overwritten, removed under a worker")
+@pytest.mark.timeout(120)
+def test_token_shards_that_change_under_a_worker_cost_it_neither_its_life_nor_a_token(
+    tmp_path: Path, record_injections: Callable[..., None]
+) -> None:
+    patterns = write_corpus(tmp_path / "data")
+    with _run_without_windows_in_memory(tmp_path / "calm", patterns) as run:
+        run.consume(2, until=NUM_STEPS)
+        expected = global_batches(run.deliveries())
+    harm = {5: _cut, 12: _empty, 19: _overwrite, 26: _remove}
+    hit: list[Path] = []
+    with _run_without_windows_in_memory(tmp_path / "harmed", patterns) as run:
+
+        def after_step(step: int) -> None:
+            if step in harm:
+                for path in sorted((tmp_path / "harmed" / "cache").glob("*.tokens")):
+                    harm[step](path)
+                    hit.append(path)
+
+        run.consume(2, until=NUM_STEPS, after_step=after_step)
+        assert run.workers["w0"].process.poll() is None
+        assert global_batches(run.deliveries()) == expected
+    assert len(hit) == 9 * len(harm)
+    record_injections(len(hit), "the same batches, by the same process")
