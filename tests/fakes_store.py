@@ -34,7 +34,10 @@ class FaultyStore:
         """Ends every `slow` fault that is under way."""
 
     def plan(self, *faults: str) -> None:
-        """Have the next requests fail, one fault each: 500, 503, 429, slow, short, range, reset."""
+        """Have the next requests fail, one fault each.
+
+        500, 503, 429; expired (credentials); slow, short, range, reset.
+        """
         self._planned += faults
 
     def all_happened(self) -> bool:
@@ -72,6 +75,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "slow":
             self.store.hold.wait(20)
             self.close_connection = True
+            return
+        if fault == "expired":
+            self._send(400, b"<Error><Code>ExpiredToken</Code></Error>")
             return
         if fault.isdigit():
             self._send(int(fault), b"<Error><Code>SlowDown</Code></Error>")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from loader_workers.tokenize import Tokenize
 from tests.fakes_consumer import (
     ConsumedRun,
     WorkerProcess,
@@ -17,6 +21,8 @@ from tests.fakes_consumer import (
     write_corpus,
     write_run,
 )
+from tests.fakes_damage import make_sound
+from tests.fakes_loader import tokenize_words
 
 pytestmark = pytest.mark.slow
 
@@ -79,3 +85,51 @@ def test_token_shards_that_change_under_a_worker_cost_it_neither_its_life_nor_a_
         assert global_batches(run.deliveries()) == expected
     assert len(hit) == 9 * len(harm)
     record_injections(len(hit), "the same batches, by the same process")
+
+
+class _HarmsAtFirst:
+    """A tokenizer that does something to the shard once, between two reads of it."""
+
+    def __init__(self, harm: Callable[[], None]) -> None:
+        self._tokenize: Tokenize = tokenize_words()
+        self._harm = harm
+        self.num_harmed = 0
+
+    def __call__(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        if not self.num_harmed:
+            self._harm()
+            self.num_harmed = 1
+        return self._tokenize(texts)
+
+
+@pytest.mark.fault_row(26, "a shard cut off or replaced in its place while it is tokenized")
+@pytest.mark.parametrize("how", ["cut", "other bytes", "removed and made anew"])
+def test_a_shard_that_changes_while_it_is_tokenized_costs_what_is_gone_of_it(
+    how: str, tmp_path: Path, record_injections: Callable[..., None]
+) -> None:
+    # Several times as large as what is read and tokenized at once.
+    sound = make_sound(tmp_path, count=4000)
+    path, kept = Path(sound.ref.url), len(sound.data) * 3 // 4
+    assert kept > 3 << 20
+
+    def harm() -> None:
+        if how == "cut":
+            os.truncate(path, kept)
+        elif how == "other bytes":
+            with path.open("r+b") as file:
+                file.seek(kept)
+                file.write(b"x" * (len(sound.data) - kept))
+        else:
+            path.unlink()
+            path.write_bytes(sound.data[:kept])
+
+    tokenize = _HarmsAtFirst(harm)
+    found = replace(sound.converter(), tokenize=tokenize).convert(sound.ref)
+    num_left_out = sound.check(found)
+    if how == "removed and made anew":
+        # What was opened is read to its end, whatever has its name meanwhile.
+        assert not num_left_out
+    else:
+        assert found.damaged
+        assert 0 < num_left_out < len(sound.documents) // 3
+    record_injections(tokenize.num_harmed, f"{num_left_out} of 4000 samples left out")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -135,49 +135,82 @@ def test_credentials_come_from_the_users_own_file_if_the_environment_has_none(
     assert _whole(f"{s3}/web/0000.tar", _remote()) == DATA
 
 
+@pytest.mark.fault_row(27, "credentials that the store refuses")
 def test_refused_credentials_are_no_fault_of_the_shard(
-    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: str,
+    store: FaultyStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_injections: Callable[..., None],
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-canary")
     with pytest.raises(NotReady) as caught:
         _converter(_remote()).convert(_ref(f"{s3}/web/0000.tar", tmp_path))
     assert "canary" not in str(caught.value)
     assert "cannot read s3://bucket/web/0000.tar now, after 3 tries" in str(caught.value)
+    record_injections(store.num_requests)
 
 
-@pytest.mark.parametrize("fault", ["500", "503", "429", "short", "range", "reset"])
+@pytest.mark.fault_row(27, "credentials that expire for good, and are not renewed")
+def test_expired_credentials_are_no_fault_of_the_shard(
+    s3: str, store: FaultyStore, tmp_path: Path, record_injections: Callable[..., None]
+) -> None:
+    store.plan(*["expired"] * 1000)
+    with pytest.raises(NotReady, match=r"cannot read s3.*0000.tar now, after \d+ tries: .*400"):
+        _converter(_remote(budget_s=0.3)).convert(_ref(f"{s3}/web/0000.tar", tmp_path))
+    record_injections(store.happened["expired"])
+
+
+@pytest.mark.fault_row(27, "answers that are errors, short, of another range, or broken off")
+@pytest.mark.parametrize(
+    "fault", ["500", "503", "429", "403", "expired", "short", "range", "reset"]
+)
 @pytest.mark.parametrize("where", ["http", "s3", "gs"])
 def test_what_may_pass_is_tried_again(
-    fault: str, where: str, store: FaultyStore, tmp_path: Path, request: pytest.FixtureRequest
+    fault: str,
+    where: str,
+    store: FaultyStore,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    record_injections: Callable[..., None],
 ) -> None:
     base = request.getfixturevalue(where)
     remote = _remote()
     ref = _ref(f"{base}/web/0000.tar", tmp_path)
-    store.plan(*[fault] * 4)
+    # Who is refused has credentials that were renewed a moment later, or none that are.
+    times = 2 if fault == "403" else 4
+    store.plan(*[fault] * times)
     converted = _converter(remote).convert(ref)
     assert store.all_happened()
-    assert store.happened[fault] == 4
-    assert remote.num_retries == 4
+    assert store.happened[fault] == times
+    assert remote.num_retries == times
+    record_injections(times)
     assert not converted.lost
     assert not converted.damaged
     np.testing.assert_array_equal(converted.tokens, np.concatenate(tokenize_words()(DOCUMENTS)))
 
 
-def test_a_slow_first_byte_is_given_up_and_asked_for_again(http: str, store: FaultyStore) -> None:
+@pytest.mark.fault_row(27, "a first byte that does not come")
+def test_a_slow_first_byte_is_given_up_and_asked_for_again(
+    http: str, store: FaultyStore, record_injections: Callable[..., None]
+) -> None:
     remote = _remote(timeout_s=0.3)
     store.plan("slow")
     assert _whole(f"{http}/web/0000.tar", remote) == DATA
     assert store.happened["slow"] == 1
     assert remote.num_retries == 1
+    record_injections(1)
 
 
+@pytest.mark.fault_row(27, "a storm of 503 that outlasts the budget of tries")
 def test_a_storm_beyond_the_budget_is_no_fault_of_the_shard(
-    http: str, store: FaultyStore, tmp_path: Path
+    http: str, store: FaultyStore, tmp_path: Path, record_injections: Callable[..., None]
 ) -> None:
     store.plan(*["503"] * 1000)
     with pytest.raises(NotReady, match=r"cannot read http.*0000.tar now, after \d+ tries: .*503"):
         _converter(_remote(budget_s=0.3)).convert(_ref(f"{http}/web/0000.tar", tmp_path))
     assert 3 < store.happened["503"] < 100
+    record_injections(store.happened["503"])
 
 
 def test_a_shard_that_is_gone_is_lost_at_once(
@@ -189,16 +222,21 @@ def test_a_shard_that_is_gone_is_lost_at_once(
     assert store.num_requests == 1
 
 
+@pytest.mark.fault_row(26, "an object replaced, or shortened, between two ranges of it")
+@pytest.mark.parametrize("other", [DATA[::-1], DATA[:-512]], ids=["other etag", "other size"])
 def test_a_shard_that_is_replaced_while_it_is_read_is_noticed(
-    http: str, store: FaultyStore
+    other: bytes, http: str, store: FaultyStore, record_injections: Callable[..., None]
 ) -> None:
+    replaced: list[str] = []
+
     def replace() -> None:
-        store.objects["web/0000.tar"] = DATA[::-1]
+        store.objects["web/0000.tar"] = other
+        replaced.append("web/0000.tar")
 
     store.after = replace
     with pytest.raises(ShardUnreadable, match="changed while it was read: it had"):
         _whole(f"{http}/web/0000.tar", _remote())
-    assert store.after is None
+    record_injections(len(replaced))
 
 
 def test_other_bytes_than_the_index_says_are_lost(

@@ -23,20 +23,41 @@ def _content_end(sound: Sound) -> int:
     return len(sound.data.rstrip(b"\0"))
 
 
-def test_every_cut_at_a_block_keeps_all_samples_before_it(sound: Sound) -> None:
+@pytest.mark.fault_row(24, "a shard cut at each block of 512 bytes")
+def test_every_cut_at_a_block_keeps_all_samples_before_it(
+    sound: Sound, record_injections: Callable[..., None]
+) -> None:
     before = -1
-    for end in range(0, _content_end(sound) + BLOCK, BLOCK):
+    ends = range(0, _content_end(sound) + BLOCK, BLOCK)
+    for end in ends:
         arrived = len(sound.documents) - sound.check(sound.read(sound.data[:end]))
         assert arrived >= before, "a longer shard gave fewer samples"
         before = arrived
     assert before == len(sound.documents)
+    record_injections(len(ends))
 
 
-def test_every_cut_within_a_member_costs_what_is_cut_off(sound: Sound) -> None:
+@pytest.mark.fault_row(24, "a shard cut within a member")
+def test_every_cut_within_a_member_costs_what_is_cut_off(
+    sound: Sound, record_injections: Callable[..., None]
+) -> None:
     draw = random.Random(4)
     for _ in range(60):
         end = draw.randrange(_content_end(sound))
         assert sound.check(sound.read(sound.data[:end])) >= 1
+    record_injections(60)
+
+
+@pytest.mark.fault_row(24, "a shard cut at each block of 512 bytes, without maps of its samples")
+def test_a_cut_shard_is_named_with_what_it_has_and_what_it_should(
+    sound: Sound, record_injections: Callable[..., None]
+) -> None:
+    ends = range(0, len(sound.data), BLOCK)
+    for end in ends:
+        assert sound.read(sound.data[:end], with_maps=False).lost == (
+            f"{sound.ref.url} has {end} bytes, the dataset index says {len(sound.data)}"
+        )
+    record_injections(len(ends))
 
 
 def test_a_flipped_byte_costs_one_sample_at_most(sound: Sound) -> None:
