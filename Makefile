@@ -22,9 +22,16 @@ $(STAMP): constraints.txt pyproject.toml
 run: install
 	$(BIN)/headrace run --out $(OUT) $(if $(findstring --resume,$(ARGS)),,--fresh) $(ARGS)
 
-# Everything but the tests marked `long`.
+# Everything but the tests marked `long`: first the tests within one process, two at a time, then
+# those that start processes or inject faults, one by one. With ARGS one run of what they choose.
+SLOW := --durations 20 --durations-min 5
 test: install
-	$(BIN)/python -m pytest -m 'not long' --durations 20 --durations-min 5 $(ARGS)
+ifdef ARGS
+	$(BIN)/python -m pytest -m 'not long' $(SLOW) $(ARGS)
+else
+	$(BIN)/python -m pytest -m 'not (long or slow or faults)' -n 2 --dist worksteal $(SLOW)
+	$(BIN)/python -m pytest -m '(slow or faults) and not long' $(SLOW)
+endif
 
 # The tests that take minutes, with what they print; `make faults` runs those that inject faults.
 test-long: install

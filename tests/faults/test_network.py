@@ -124,7 +124,10 @@ def test_broken_connections_to_the_controller_are_made_anew_and_lose_nothing(
         pytest.param(
             Weather(silent_to_client=True),
             "answers",
-            marks=pytest.mark.fault_row(6, "calls arrive, answers are lost for 8 s"),
+            marks=[
+                pytest.mark.long,
+                pytest.mark.fault_row(6, "calls arrive, answers are lost for 8 s"),
+            ],
         ),
     ],
     ids=["both-ways", "answers-lost"],

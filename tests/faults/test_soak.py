@@ -12,11 +12,10 @@ import pytest
 from tests.faults.soak import FREEZES, KILLS, soak
 from tests.faults.soak_figures import Sample, growth
 
-pytestmark = pytest.mark.slow
-
 SECONDS = 20.0
 
 
+@pytest.mark.long
 @pytest.mark.fault_row(39, "kills and freezes of all processes at random, for a while")
 @pytest.mark.timeout(240)
 def test_a_short_soak_keeps_every_promise(

@@ -33,7 +33,7 @@ def _rank_correlation(one: NDArray[np.float64], other: NDArray[np.float64]) -> f
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_sketch_ranks_the_domains_as_exact_gradients_do() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
