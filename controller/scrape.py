@@ -20,6 +20,9 @@ from protos.status import RunStatus
 MOST_WORKERS = 256
 """Workers that have figures of their own; more are counted in `headrace_workers` alone."""
 
+LOST_SHOWN_S = 600.0
+"""A worker that was lost is named for so long: it may come back, and somebody looks for it."""
+
 Kind = Literal["gauge", "counter", "histogram"]
 Value = float | Histogram
 Sample = tuple[tuple[str, ...], Value]
@@ -106,6 +109,13 @@ METRICS = (
     _metric("worker_cache_bytes", "gauge", "bytes", "Token shards on its disk.", "worker"),
     _metric("worker_stall_seconds_total", "counter", "seconds", "Waited for its shards.", "worker"),
     _metric("worker_sequences_total", "counter", "sequences", "Served by a worker.", "worker"),
+    _metric(
+        "worker_silent_seconds",
+        "gauge",
+        "seconds",
+        "Since a worker was last heard; also of workers lost in the last ten minutes.",
+        "worker",
+    ),
     _metric("shadow_failed", "gauge", "0 or 1", "A shadow policy proposed nothing.", "shadow"),
 )
 
@@ -180,3 +190,8 @@ def _worker_samples(status: RunStatus) -> Iterator[tuple[str, list[Sample]]]:
             f"headrace_worker_{name}",
             [((worker.worker_id,), float(value)) for worker, value in pairs],
         )
+    heard = [*alive, *(worker for worker in lost if worker.silent_s < LOST_SHOWN_S)]
+    # Of too many workers those that have been silent for longest are worth a name.
+    heard.sort(key=lambda worker: -worker.silent_s)
+    silent = [((worker.worker_id,), worker.silent_s) for worker in heard[:MOST_WORKERS]]
+    yield "headrace_worker_silent_seconds", [*silent]

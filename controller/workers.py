@@ -324,7 +324,7 @@ class Workers:
 
     def statuses(self) -> tuple[WorkerStatus, ...]:
         """Return all workers that were ever there, as `headrace status` shows them."""
-        lanes: dict[str, list[int]] = {}
+        now, lanes = self._now(), dict[str, list[int]]()
         for lane, name in self._table.owners.items():
             lanes.setdefault(name, []).append(lane)
         return tuple(
@@ -338,6 +338,7 @@ class Workers:
                 sequences_served=worker.beat.sequences_served,
                 leaving=worker.beat.leaving,
                 managed=worker.beat.managed,
+                silent_s=max(now - worker.heard_s, 0.0),
             )
             for name, worker in sorted(self._workers.items())
         )

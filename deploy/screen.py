@@ -148,23 +148,28 @@ def _workers_lines(status: RunStatus) -> list[Text]:
     workers = [worker for worker in status.workers if worker.alive or not worker.leaving]
     if len(workers) <= _MOST_WORKERS:
         return [_worker_line(worker) for worker in workers]
-    dead = [worker for worker in workers if not worker.alive]
+    num_alive = sum(worker.alive for worker in workers)
     served = sum(worker.sequences_served for worker in workers)
-    line = _text(
-        f" ● {len(workers) - len(dead)} of {len(workers)} workers   {served:,} sequences", "green"
-    )
-    lines = [line, *map(_worker_line, dead[:_MOST_WORKERS])]
-    if len(dead) > _MOST_WORKERS:
-        lines.append(_text(f" ● {len(dead) - _MOST_WORKERS} more that are silent", "red"))
+    line = _text(f" ● {num_alive} of {len(workers)} workers   {served:,} sequences", "green")
+    bad = [worker for worker in workers if worker.is_silent or not worker.alive]
+    lines = [line, *map(_worker_line, bad[:_MOST_WORKERS])]
+    if len(bad) > _MOST_WORKERS:
+        lines.append(_text(f" ● {len(bad) - _MOST_WORKERS} more that are silent or lost", "red"))
     return lines
 
 
 def _worker_line(worker: WorkerStatus) -> Text:
-    line = _text(f" ● {worker.worker_id} ", "green" if worker.alive else "red")
+    healthy = "yellow" if worker.is_silent else "green"
+    line = _text(f" ● {worker.worker_id} ", healthy if worker.alive else "red")
+    # First what somebody must see: the lanes may not fit.
+    if worker.is_silent:
+        line.append(f"silent for {worker.silent_s:.0f} s  ", style="yellow")
+    elif not worker.alive:
+        line.append("lost  ", style="red")
+    if worker.leaving:
+        line.append("leaving  ", style="yellow")
     lanes = ",".join(map(str, worker.lanes))
     line.append(f"lanes {lanes or 'none'}  {worker.sequences_served:,} sequences", style="default")
-    if worker.leaving:
-        line.append("   leaving", style="yellow")
     return line
 
 

@@ -27,6 +27,7 @@ _WORKER_FIGURES = (
     "sequences_served",
     "leaving",
     "managed",
+    "silent_s",
 )
 
 

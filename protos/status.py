@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from protos.types import Mixture, Quarantine
 
+SILENT_S = 3.0
+"""A worker that has missed three of its beats is shown as silent."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerStatus:
@@ -23,6 +26,14 @@ class WorkerStatus:
 
     managed: bool = False
     """It is started and ended by whoever obeys `headrace scale`."""
+
+    silent_s: float = 0.0
+    """Since the controller last heard of it; a worker says every second how it stands."""
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it is hung, stopped or out of reach, but not given up yet."""
+        return self.alive and self.silent_s >= SILENT_S
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ from controller.dashboard.operated import Reach
 from controller.dashboard.series import Series
 from controller.threads import Bell, Signal, SingleThread
 from protos.errors import HeadraceError
-from protos.status import RunStatus
+from protos.status import RunStatus, WorkerStatus
 from protos.types import StepReport
 
 logger = logging.getLogger(__name__)
@@ -180,6 +180,14 @@ class Live:
         return self._packed[1], self._packed[2]
 
 
+def _state(worker: WorkerStatus) -> str:
+    if not worker.alive:
+        return "lost"
+    if worker.is_silent:
+        return "silent"
+    return "leaving" if worker.leaving else "serving"
+
+
 def told_status(status: RunStatus) -> dict[str, Any]:
     """Return a status as JSON values, in the order of the run's domains, lists cut short."""
     workers = sorted(status.workers, key=lambda worker: (worker.alive, worker.worker_id))
@@ -213,7 +221,7 @@ def told_status(status: RunStatus) -> dict[str, Any]:
             {
                 "id": worker.worker_id[:80],
                 "endpoint": worker.endpoint[:120],
-                "state": "lost" if not worker.alive else "leaving" if worker.leaving else "serving",
+                "state": _state(worker),
                 "lanes": len(worker.lanes),
                 "cache_bytes": worker.cache_bytes,
                 "stall_s": float(f"{worker.stall_s:.4g}"),

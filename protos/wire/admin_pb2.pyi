@@ -47,6 +47,7 @@ class WorkerStatus(_message.Message):
     SEQUENCES_SERVED_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
     MANAGED_FIELD_NUMBER: _builtins.int
+    SILENT_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     endpoint: _builtins.str
     alive: _builtins.bool
@@ -55,6 +56,8 @@ class WorkerStatus(_message.Message):
     sequences_served: _builtins.int
     leaving: _builtins.bool
     managed: _builtins.bool
+    silent_s: _builtins.float
+    """since the controller last heard of it"""
     @_builtins.property
     def lanes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -69,10 +72,11 @@ class WorkerStatus(_message.Message):
         sequences_served: _builtins.int = ...,
         leaving: _builtins.bool = ...,
         managed: _builtins.bool = ...,
+        silent_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "cache_bytes", b"cache_bytes", "endpoint", b"endpoint", "lanes", b"lanes", "leaving", b"leaving", "managed", b"managed", "sequences_served", b"sequences_served", "stall_s", b"stall_s", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "cache_bytes", b"cache_bytes", "endpoint", b"endpoint", "lanes", b"lanes", "leaving", b"leaving", "managed", b"managed", "sequences_served", b"sequences_served", "silent_s", b"silent_s", "stall_s", b"stall_s", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -133,6 +133,7 @@ STATUS = RunStatus(
             cache_bytes=5,
             stall_s=0.5,
             sequences_served=6,
+            silent_s=1.5,
         ),
     ),
     shadows=(

@@ -142,9 +142,24 @@ def test_series_stay_few_however_many_workers_come_and_go() -> None:
     alive = sum(worker.alive for worker in status.workers)
     assert found["headrace_workers", ("alive",)] == alive
     assert found["headrace_workers", ("lost",)] == len(status.workers) - alive
-    gone = replace(status, workers=tuple(replace(worker, alive=False) for worker in status.workers))
+    assert sum(name == "headrace_worker_silent_seconds" for name, _ in found) == MOST_WORKERS
+    gone = replace(
+        status,
+        workers=tuple(replace(each, alive=False, silent_s=601.0) for each in status.workers),
+    )
     found = everything(gone, Metrics(4, Totals(), now=lambda: 0.0))
     assert not [labels for name, labels in found if name == "headrace_worker_lanes"]
+    assert not [labels for name, labels in found if name == "headrace_worker_silent_seconds"]
+
+
+def test_a_worker_that_is_silent_or_was_lost_a_moment_ago_is_named() -> None:
+    status = a_status(num_workers=MOST_WORKERS + 3)
+    *rest, hung, lost = status.workers
+    workers = (*rest, replace(hung, alive=True, silent_s=5.0), replace(lost, silent_s=20.0))
+    lost_now = replace(status, workers=(*workers[:-1], replace(workers[-1], alive=False)))
+    found = everything(lost_now, Metrics(4, Totals(), now=lambda: 0.0))
+    assert found["headrace_worker_silent_seconds", (hung.worker_id,)] == 5
+    assert found["headrace_worker_silent_seconds", (lost.worker_id,)] == 20
 
 
 def test_a_histogram_counts_each_value_once() -> None:

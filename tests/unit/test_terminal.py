@@ -99,6 +99,16 @@ def test_a_panel_fits_its_terminal(
         assert all(each.isprintable() for each in line), line
 
 
+def test_workers_that_are_silent_or_lost_are_named_however_many_there_are() -> None:
+    for num_workers in (3, 40):
+        status = a_status(num_workers=num_workers)
+        first, second, *rest = status.workers
+        workers = (replace(first, silent_s=7.0), replace(second, alive=False), *rest)
+        lines = drawn(replace(status, workers=workers), width=200, height=60)
+        assert any("worker-0 silent for 7 s " in line for line in lines)
+        assert any("worker-1 lost " in line for line in lines)
+
+
 def test_the_largest_domains_are_shown_and_the_others_added_up() -> None:
     status = a_status(num_domains=200)
     text = "\n".join(drawn(status, width=80, height=24))
@@ -179,7 +189,7 @@ def live(tmp_path: Path) -> Iterator[Served]:
 def test_a_watch_follows_a_run_and_ctrl_c_leaves_the_screen_as_it_was(live: Served) -> None:
     with terminal(["status", live.address, "--watch", "--interval", "0.1"]) as shown:
         shown.wait_for(lambda: "step 1/40" in shown.text)
-        assert "Ctrl-C ends the watch" in shown.text
+        shown.wait_for(lambda: "Ctrl-C ends the watch" in shown.text)
         assert "web" in shown.text
         live.do(live.bench.report_step(1))
         shown.wait_for(lambda: "step 2/40" in shown.text)

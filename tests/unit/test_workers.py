@@ -58,6 +58,19 @@ def test_a_silent_worker_is_lost_and_its_lanes_go_to_others(workers: Workers, cl
     assert _lanes(workers) == ["b", "b", "a", "a"]
 
 
+def test_a_worker_says_for_how_long_it_has_not_been_heard(workers: Workers, clock: Clock) -> None:
+    workers.beat(make_beat("a"))
+    clock.now_s += 4
+    workers.beat(make_beat("b"))
+    hung, heard = workers.statuses()
+    assert (hung.silent_s, hung.is_silent) == (4, True)
+    assert (heard.silent_s, heard.is_silent) == (0, False)
+    clock.now_s += 7
+    workers.expire()
+    lost = workers.statuses()[0]
+    assert (lost.alive, lost.silent_s, lost.is_silent) == (False, 11, False)
+
+
 def test_a_worker_that_is_away_for_a_moment_keeps_its_lanes(workers: Workers, clock: Clock) -> None:
     workers.beat(make_beat("a"))
     workers.beat(make_beat("b"))

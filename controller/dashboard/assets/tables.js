@@ -215,7 +215,7 @@ function showRanks(ranks) {
 
 function showWorkers(status) {
   say(byId("workers-note"), `${status.num_workers[0]} alive, ${count(status.lanes_moved)} lanes moved`);
-  const kinds = { serving: "good", leaving: "warn", lost: "bad" };
+  const kinds = { serving: "good", leaving: "warn", silent: "warn", lost: "bad" };
   table(byId("workers"), {
     caption: "Loader workers",
     columns: [["Worker", "left"], ["State"], ["Lanes"], ["Cache"], ["Stalled"], ["Sequences"]],
