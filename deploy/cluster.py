@@ -32,6 +32,12 @@ class Up:
     endpoints: dict[str, str]
     """Where each worker serves ranks, by name."""
 
+    page: str
+    """Where the live page is; empty: there is none."""
+
+    has_token: bool
+    """The cluster lets nobody in without its token."""
+
     is_adopted: bool
     """It was up already."""
 
@@ -46,6 +52,7 @@ class Up:
             "run": self.run,
             "address": self.address,
             "workers": self.endpoints,
+            "page": self.page or None,
             "adopted": self.is_adopted,
         }
 
@@ -129,6 +136,8 @@ def bring_up(config: RunConfig, *, say: Say, timeout_s: float = _UP_S) -> Up:
                 run=config.run,
                 address=state.address,
                 endpoints=state.endpoints,
+                page=state.page,
+                has_token=state.has_token,
                 is_adopted=is_adopted,
             )
         if state.phase is not Phase.STARTING or time.monotonic() > deadline:

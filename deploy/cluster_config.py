@@ -32,6 +32,11 @@ def for_cluster(config: RunConfig, *, workers: int | None, num_nodes: int) -> Ru
             f"address: {config.address} gives the controller another port at every start, and "
             "trainers must find it again: name one, such as 0.0.0.0:7700"
         )
+    if config.dashboard is not None and split_address(config.dashboard.address)[1] == 0:
+        raise ConfigError(
+            f"dashboard.address: {config.dashboard.address} gives the page another port whenever "
+            "the controller is started again: name one, such as 127.0.0.1:7780"
+        )
     if num_nodes > 1 and is_loopback(config.address):
         raise ConfigError(
             f"address: {config.address} reaches one node, and the cluster has {num_nodes}: write "

@@ -19,6 +19,10 @@ _ADDRESS = "The Ray cluster: auto, HOST:PORT or ray://HOST:PORT. Default: what R
 _ADDRESS += "or the cluster of this machine."
 _RUN = "The run file, or the run's name. Default: the one run on the cluster."
 _LOOK_EVERY_S = 0.5
+_OPEN = (
+    "warning: this Ray cluster asks for no token, so whoever reaches its ports can run anything as "
+    "you: start it with RAY_AUTH_MODE=token (deploy/docs/ray-cluster.md)"
+)
 
 AddressOption = Annotated[str | None, typer.Option(help=_ADDRESS)]
 RunArgument = Annotated[str | None, typer.Argument(help=_RUN)]
@@ -61,6 +65,8 @@ def up(
         config = for_cluster(config, workers=workers, num_nodes=number_of_nodes())
         ensure_data(config, say=say)
         found = bring_up(config, say=say)
+        if not found.has_token:
+            say(_OPEN)
         if as_json:
             print(json.dumps(found.as_json(), indent=2), flush=True)
         else:
@@ -71,6 +77,8 @@ def up(
                 f'trainers: trainer_client.connect("{found.address}")',
                 flush=True,
             )
+            if found.page:
+                print(f"live page: {found.page}, as the controller's node reaches it", flush=True)
         if not detach:
             _stay(config.run, say=say)
 

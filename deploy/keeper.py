@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -63,6 +64,12 @@ class KeeperState:
     address: str
     """Of the controller; empty while it is not known."""
 
+    page: str
+    """Where the live page is; empty: there is none."""
+
+    has_token: bool
+    """The cluster lets nobody in without its token."""
+
     error: HeadraceError | None
     """Why it failed."""
 
@@ -97,6 +104,10 @@ class Keeper(AtNode):
         self._state = KeeperState(
             phase=Phase.STARTING,
             address="",
+            # The keeper is on the controller's machine, whose name the address may hold.
+            page=config.dashboard.url(config.wire_security) if config.dashboard else "",
+            # Ray's processes pass what they were started with on to their actors.
+            has_token=os.environ.get("RAY_AUTH_MODE") == "token",
             error=None,
             workers={},
             endpoints={},

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +214,38 @@ class Served:
     process: subprocess.Popen[str]
     page: str
     address: str
+
+
+def hear_status(page: str, is_wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Watch a page until it tells a status that is wanted; return that.
+
+    Raises:
+        AssertionError: it tells none.
+    """
+    deadline_s, told = time.monotonic() + END_S, b"nothing"
+    with urllib.request.urlopen(f"{page}api/events", timeout=END_S) as stream:
+        is_status = False
+        for line in stream:
+            if is_status and is_wanted(status := json.loads((told := line).removeprefix(b"data:"))):
+                return dict(status)
+            is_status = line == b"event: status\n"
+            assert time.monotonic() < deadline_s, told
+    raise AssertionError(f"the page told no more after {told!r}")
+
+
+def is_trained(status: dict[str, Any]) -> bool:
+    """Say whether a status has all that is known of a run only while it trains."""
+    alive, _ = status["num_workers"]
+    return bool(
+        alive
+        and status["phase"] == "running"
+        and abs(sum(status["mixture"]) - 1) < 1e-3
+        and all(loss is not None for loss in status["loss"])
+        and status["tokens_per_s"] > 0
+        and len(status["ranks"]["rows"]) == status["world_size"]
+        and all(worker["state"] == "serving" for worker in status["workers"])
+        and any(worker["sequences"] > 0 for worker in status["workers"])
+    )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -13,6 +14,7 @@ import yaml
 
 from protos.client import healthy
 from tests.fakes_consumer import ConsumedRun, write_corpus, write_run
+from tests.fakes_page import hear_status, is_trained
 from tests.faults.processes import free_address
 from tests.harness_runs import ROOT, wait_until
 from tests.ray_clusters import RayCluster, ray_cluster, start_head
@@ -141,7 +143,12 @@ class _Enough(Exception):
 def test_a_run_is_brought_up_once_adopted_refused_if_it_differs_and_brought_down_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_file = write_run(tmp_path / "out", write_corpus(tmp_path / "data"), address=free_address())
+    run_file = write_run(
+        tmp_path / "out",
+        write_corpus(tmp_path / "data"),
+        address=free_address(),
+        dashboard={"address": free_address()},
+    )
     other = tmp_path / "other.yaml"
     document = yaml.safe_load(run_file.read_text())
     document["seed"], document["batch"]["window_samples"] = 12, 16
@@ -157,19 +164,26 @@ def test_a_run_is_brought_up_once_adopted_refused_if_it_differs_and_brought_down
         )  # fmt: skip
         run = ConsumedRun(tmp_path / "out", found["address"], drain_s=5.0)
         first: list[float] = []
+        seen: list[dict[str, Any]] = []
 
         def after_step(step: int) -> None:
             if not first:
                 first.append(time.monotonic() - started)
+            if step == 9:
+                seen.append(hear_status(found["page"], is_trained))
 
         run.consume(1, until=10, after_step=after_step)
         with capsys.disabled():
             print(f"\nheadrace up to the end of the first step: {first[0]:.1f} s")
         assert _roles(cluster) == ["Keeper", "NodeController", "NodeLoader", "NodeLoader"]
+        assert found["page"] == f"http://{document['dashboard']['address']}/"
+        assert [each["num_workers"] for each in seen] == [[2, 2]]
+        assert "token" not in up.stderr
 
         again = cluster.command("up", str(run_file), "--detach")
         assert again.returncode == 0, again.stderr
         assert f"run {RUN!r} is up already: controller at {found['address']}" in again.stdout
+        assert f"live page: {found['page']}" in again.stdout
         differs = cluster.command("up", str(other), "--detach")
         assert differs.returncode == 2
         for said in (

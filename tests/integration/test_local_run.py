@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ from deploy.accounting import account_for
 from deploy.commands import app
 from deploy.dataset import ShardOrder, open_dataset
 from deploy.history import read_deliveries, trained_history
+from tests.fakes_page import hear_status, is_trained
 from tests.harness_runs import (
     DOMAINS,
     NUM_STEPS,
@@ -114,9 +116,14 @@ def test_ctrl_c_in_mid_run_ends_cleanly_and_leaves_nothing(tmp_path: Path) -> No
     shm_before = {path.name for path in SHM.iterdir()}
     data = write_corpus(tmp_path / "data")
     arguments = ["--data", str(data), "--out", str(out), *SMALL, "--steps", "100000"]
+    arguments += ["--dashboard", "127.0.0.1:0"]
     with harness_run(arguments, log=tmp_path / "log") as run:
         wait_until(lambda: trains(run, out), timeout_s=90, what="the first step")
         traces = run.traces()
+        page = re.search(r"live page: (\S+)", run.text())
+        assert page is not None, run.text()
+        status = hear_status(page[1], is_trained)
+        assert (status["world_size"], status["num_workers"]) == (2, [2, 2])
         run.interrupt()
         assert run.process.wait(60) == 130, run.text()
         assert_nothing_left(run, traces, shm_before)

@@ -46,6 +46,8 @@ def test_paths_are_looked_up_from_here_and_urls_are_left(
 def test_what_a_cluster_cannot_serve_is_refused_with_the_remedy() -> None:
     with pytest.raises(ConfigError, match="another port at every start"):
         for_cluster(_run(address="127.0.0.1:0"), workers=None, num_nodes=1)
+    with pytest.raises(ConfigError, match="gives the page another port"):
+        for_cluster(_run(dashboard={"address": "127.0.0.1:0"}), workers=None, num_nodes=1)
     with pytest.raises(ConfigError, match=r"has 3: write address: 0\.0\.0\.0:7700, with security"):
         for_cluster(_run(), workers=None, num_nodes=3)
     out = "/tmp/ray/session/runtime_resources/working_dir_files/_ray_pkg_1/out"
