@@ -138,11 +138,10 @@ def test_a_range_is_drawn_in_finer_points_by_pointer_and_by_keyboard(
     chart = browser.driver.find_element(By.CSS_SELECTOR, "#c-loss .u-over")
     drag = ActionChains(browser.driver).move_to_element(chart)
     drag.click_and_hold().move_by_offset(60, 0).release().perform()
-    range_ = "document.getElementById('zoom-range').textContent"
-    told = browser.until(f"return {range_}.startsWith('steps ') && {range_}")
-    first, last = (int(word.replace(",", "")) for word in re.findall(r"[\d,]+\d|\d", told)[:2])
+    first, last = _shown_range(browser)
     assert 0 < last - first < _newest(browser) / 3
     assert browser.run("return document.getElementById('decision-title').textContent") != ""
+    range_ = "document.getElementById('zoom-range').textContent"
     for button in ("zoom-in", "zoom-earlier"):
         browser.run("document.getElementById(arguments[0]).focus()", button)
         before = browser.run(f"return {range_}")
@@ -156,6 +155,14 @@ def test_a_range_is_drawn_in_finer_points_by_pointer_and_by_keyboard(
     _press(browser, Keys.ENTER)
     browser.until(f"return {range_} === 'the whole run'")
     assert browser.complaints() == []
+
+
+def _shown_range(browser: Browser) -> tuple[int, int]:
+    """Wait until the charts show a range of steps; return its ends."""
+    text = "document.getElementById('zoom-range').textContent"
+    told = browser.until(f"return {text}.startsWith('steps ') && {text}")
+    first, last = re.findall(r"\d[\d,]*\d|\d", told)[:2]
+    return int(first.replace(",", "")), int(last.replace(",", ""))
 
 
 def _newest(browser: Browser) -> int:
@@ -218,6 +225,16 @@ def test_a_step_is_on_the_screen_within_a_second(browser: Browser, tmp_path: Pat
             # moments the median of the others knows nothing.
             assert waits[0] < 1.0, waits
             assert sorted(waits)[len(waits) // 2] < 1.0, waits
+            chart = browser.driver.find_element(By.CSS_SELECTOR, "#c-loss .u-over")
+            quarter = chart.size["width"] // 4
+            drag = ActionChains(browser.driver).move_to_element_with_offset(chart, -quarter, 0)
+            drag.click_and_hold().move_by_offset(quarter, 0).perform()
+            for step in range(7, 15):
+                worker.client.report(make_report(worker.spec, step=step))
+                browser.until(shown, str(step + 1))
+            ActionChains(browser.driver).release().perform()
+            # What came meanwhile has not moved the steps from beneath the pointer.
+            assert 0 < _shown_range(browser)[0] < _shown_range(browser)[1] < 5
 
 
 def test_who_has_the_join_token_looks_and_steers_nothing(browser: Browser, tmp_path: Path) -> None:

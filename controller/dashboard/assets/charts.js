@@ -33,9 +33,9 @@ function shortStep(step) {
 
 /** A chart that is made anew when its series or the colours change, and else only gets new data. */
 class Chart {
-  constructor(id, { label, onPick, onMove, onRange, series, axes, scales, nothing }) {
+  constructor(id, { nothing, label, ...options }) {
     this.place = byId(id);
-    this.options = { label, onPick, onMove, onRange, series, axes, scales };
+    this.options = options;
     this.key = "";
     this.plot = null;
     this.note = empty(nothing);
@@ -63,7 +63,7 @@ class Chart {
   }
 
   build(key, data) {
-    const { onPick, onMove, onRange, series, axes, scales } = this.options;
+    const { onPick, onMove, onRange, onHold, series, axes, scales } = this.options;
     if (this.plot) this.plot.destroy();
     this.key = key;
     this.plot = new uPlot(
@@ -90,6 +90,7 @@ class Chart {
       data,
       this.place,
     );
+    this.plot.over.addEventListener("mousedown", () => onHold(true));
     this.plot.over.addEventListener("click", () => {
       const { idx } = this.plot.cursor;
       if (idx !== null && idx !== undefined) onPick(this.plot.data[0][idx]);
@@ -128,7 +129,14 @@ function areas(count) {
   });
 }
 
-export function makeCharts(store, common) {
+export function makeCharts(store, listeners) {
+  let isHeld = false; // somebody drags over a chart, which must not change beneath
+  const hold = (isDown) => {
+    isHeld = isDown;
+    if (!isDown) draw();
+  };
+  addEventListener("mouseup", () => isHeld && hold(false));
+  const common = { ...listeners, onHold: hold };
   let shares = "planned";
   const mixture = new Chart("c-mixture", {
     ...common,
@@ -177,7 +185,7 @@ export function makeCharts(store, common) {
 
   function draw() {
     const { steps, curves, scalars } = store.shown;
-    if (store.drawn === null || !curves.planned) return;
+    if (isHeld || store.drawn === null || !curves.planned) return;
     const key = `${store.drawn.join()}|${theme}`;
     mixture.show(key, [steps, ...store.stacked(shares)]);
     loss.show(key, [steps, ...curves.loss]);

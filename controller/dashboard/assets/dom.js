@@ -62,10 +62,11 @@ export const count = (value) => (known(value) ? whole.format(value) : "–");
 export const percent = (value, digits = 1) => (known(value) ? `${(100 * value).toFixed(digits)}%` : "–");
 export const number = (value, digits = 3) => (known(value) ? value.toFixed(digits) : "–");
 
-/** Three digits that count. */
+/** Three digits that count, and none beyond the fourth after the point. */
 export const digits = (value) => {
   if (!known(value)) return "–";
-  return Math.abs(value) >= 100 ? value.toFixed(0) : value.toPrecision(3);
+  if (Math.abs(value) >= 100) return value.toFixed(0);
+  return Math.abs(value) >= 0.1 ? value.toPrecision(3) : value.toFixed(4);
 };
 
 /** 12,345,678 as 12.3 M. */
