@@ -22,7 +22,7 @@ from protos.errors import (
     UnknownDomain,
 )
 from protos.failpoints import arm
-from protos.log_format import FORMATS, configure_logging
+from protos.log_format import FORMATS, configure_logging, log_failure
 
 EXIT_CODES: dict[type[HeadraceError], int] = {
     ConfigError: 2,
@@ -55,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         config = with_metrics(load_run_file(options.run_file), options.metrics)
         asyncio.run(serve(config, standby=options.standby))
     except HeadraceError as error:
-        print(f"headrace controller: {error}", file=sys.stderr)
+        if not log_failure("headrace controller", error):
+            print(f"headrace controller: {error}", file=sys.stderr)
         return exit_code(error)
     return 0
 

@@ -18,6 +18,7 @@ from protos.errors import (
     LedgerError,
     Rejected,
 )
+from protos.log_format import log_failure
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,7 +52,8 @@ def told(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except HeadraceError as error:
-            stderr.print(f"headrace: {error}", markup=False, highlight=False, soft_wrap=True)
+            if not log_failure("headrace", error):
+                stderr.print(f"headrace: {error}", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(exit_code(error)) from None
         except KeyboardInterrupt:
             stderr.print("headrace: stopped")

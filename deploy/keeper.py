@@ -37,6 +37,7 @@ from deploy.runfile import ADDRESS
 from deploy.whole_file import write_whole
 from protos.client import AdminClient
 from protos.errors import HeadraceError, NotReady
+from protos.log_format import configure_logging, set_coordinates
 from protos.status import RunStatus
 
 logger = logging.getLogger(__name__)
@@ -93,9 +94,10 @@ class Keeper(AtNode):
     """One run's keeper; `ray.remote(Keeper)` makes the actor."""
 
     def __init__(self, config: RunConfig, made_by: str) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+        configure_logging(level=logging.INFO, anew=True)
         # Ray warns of groups that go before their actors; here they go after them.
         logging.getLogger("ray.actor").setLevel(logging.ERROR)
+        set_coordinates(run=config.run)
         self._config = config
         self._made_by = made_by
         self._lock = threading.Lock()

@@ -15,6 +15,7 @@ from controller.config import RunConfig
 from loader_workers.actor import LoaderHost
 from loader_workers.worker import WorkerSettings
 from protos.errors import ConfigError
+from protos.log_format import configure_logging
 from protos.security import is_loopback, split_address
 
 _LOG_CHUNK = 256_000
@@ -76,7 +77,7 @@ class NodeController(AtNode, ControllerHost):
     """A controller at the address of the node that Ray has put it on."""
 
     def __init__(self, config: RunConfig) -> None:
-        _log_to_stderr()
+        configure_logging(level=logging.INFO, anew=True)
         self._at = address_at_node(config.address, node_address())
         super().__init__(config.model_copy(update={"address": self._at}))
 
@@ -89,7 +90,7 @@ class NodeLoader(AtNode, LoaderHost):
     """A loader worker that serves ranks at the address of its node."""
 
     def __init__(self, settings: WorkerSettings) -> None:
-        _log_to_stderr()
+        configure_logging(level=logging.INFO, anew=True)
         if not is_loopback(settings.controller):
             settings = replace(settings, address=f"{_bracketed(node_address())}:0")
         super().__init__(settings)
@@ -122,12 +123,6 @@ def node_address() -> str:
 
 def _bracketed(node: str) -> str:
     return f"[{node}]" if ":" in node else node
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
-    )
 
 
 ControllerOnNode = ray.remote(NodeController)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from loader_workers.source import WINDOW_BYTES
 from loader_workers.worker import DRAIN_S, WorkerSettings, run_worker
 from protos.errors import HeadraceError
 from protos.failpoints import arm
-from protos.log_format import FORMATS
+from protos.log_format import FORMATS, configure_logging, log_failure
 from protos.security import Security
 
 _EXIT_FAILED = 1
@@ -40,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         "lanes (%(default)g); a second signal ends at once",
     )
     _add_security(parser)
+    parser.add_argument("--verbose", action="store_true", help="log what happens, on stderr")
     parser.add_argument("--log-format", choices=FORMATS, help="default: HEADRACE_LOG_FORMAT, text")
     return parser
 
@@ -60,6 +62,8 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     try:
+        level = logging.INFO if arguments.verbose else logging.WARNING
+        configure_logging(arguments.log_format, level=level)
         arm(os.environ)
         settings = WorkerSettings(
             controller=arguments.controller,
@@ -81,7 +85,8 @@ def main() -> int:
             on_ready=lambda endpoint: print(endpoint, flush=True),
         )
     except HeadraceError as error:
-        print(f"loader worker: {error}", file=sys.stderr)
+        if not log_failure("loader worker", error):
+            print(f"loader worker: {error}", file=sys.stderr)
         return _EXIT_FAILED
     return 0
 

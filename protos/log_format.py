@@ -69,12 +69,15 @@ def _named_in(record: logging.LogRecord) -> dict[str, Any]:
     }
 
 
-def configure_logging(form: str | None = None, *, level: int = logging.WARNING) -> None:
+def configure_logging(
+    form: str | None = None, *, level: int = logging.WARNING, anew: bool = False
+) -> None:
     """Set up the log of a process of ours, on stderr.
 
     Args:
         form: one of `FORMATS`. None: what HEADRACE_LOG_FORMAT says, or text.
         level: the least that is logged.
+        anew: also where somebody else has set up the log before.
 
     Raises:
         ConfigError: there is no such format.
@@ -86,4 +89,12 @@ def configure_logging(form: str | None = None, *, level: int = logging.WARNING) 
         )
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if chosen == "json" else logging.Formatter(_TEXT))
-    logging.basicConfig(level=level, handlers=[handler])
+    logging.basicConfig(level=level, handlers=[handler], force=anew)
+
+
+def log_failure(program: str, error: Exception) -> bool:
+    """Log what a process ends with, if its log is JSON; return whether it is."""
+    is_json = any(isinstance(each.formatter, JsonFormatter) for each in logging.root.handlers)
+    if is_json:
+        logging.getLogger(program).error("%s", error)
+    return is_json
