@@ -114,8 +114,9 @@ def bring_up(config: RunConfig, *, say: Say, timeout_s: float = _UP_S) -> Up:
     Raises:
         ConfigError: it is up with another configuration.
         HeadraceError: what kept it from being served; nothing of it is left then.
+        KeyboardInterrupt: likewise.
     """
-    from deploy.keeper import KeeperActor, Phase
+    from deploy.keeper import KeeperActor
     from deploy.placing import KEEPER, beside_head, detached
 
     call = uuid.uuid4().hex
@@ -125,6 +126,17 @@ def bring_up(config: RunConfig, *, say: Say, timeout_s: float = _UP_S) -> Up:
     is_adopted = made_by != call
     if is_adopted:
         check_same(config, running)
+    try:
+        return _wait_up(config.run, keeper, is_adopted=is_adopted, say=say, timeout_s=timeout_s)
+    except (HeadraceError, KeyboardInterrupt):
+        if not is_adopted:
+            bring_down(config.run, say=say)
+        raise
+
+
+def _wait_up(run: str, keeper: Any, *, is_adopted: bool, say: Say, timeout_s: float) -> Up:
+    from deploy.keeper import Phase
+
     num_heard, deadline = 0, time.monotonic() + timeout_s
     while True:
         state = _ask(keeper.state.remote(num_heard), "keeper")
@@ -133,7 +145,7 @@ def bring_up(config: RunConfig, *, say: Say, timeout_s: float = _UP_S) -> Up:
         num_heard = state.num_lines
         if state.phase is Phase.SERVING:
             return Up(
-                run=config.run,
+                run=run,
                 address=state.address,
                 endpoints=state.endpoints,
                 page=state.page,
@@ -141,10 +153,8 @@ def bring_up(config: RunConfig, *, say: Say, timeout_s: float = _UP_S) -> Up:
                 is_adopted=is_adopted,
             )
         if state.phase is not Phase.STARTING or time.monotonic() > deadline:
-            if not is_adopted:
-                bring_down(config.run, say=say)
             raise state.error or NotReady(
-                f"run {config.run!r} does not serve after {timeout_s:g} s ({state.phase.value})"
+                f"run {run!r} does not serve after {timeout_s:g} s ({state.phase.value})"
             )
         time.sleep(_POLL_S)
 

@@ -48,8 +48,9 @@ def up(
     need the same Headrace, the shards, and the files that `security` names, at the same paths.
 
     Without --detach the command stays, says what happens, and takes the run down when all its steps
-    are done or at Ctrl-C. If it dies, or with --detach, the run stays up until `headrace down`. A
-    second `up` finds a run that is up, and refuses if the file says otherwise than what is running.
+    are done, or at Ctrl-C. If it dies, or with --detach, the run stays up until `headrace down`. A
+    second `up` finds a run that is up, which its own Ctrl-C then leaves alone, and refuses if the
+    file says otherwise than what is running.
     """
     from controller.config import load_run_file
     from deploy.cluster import bring_up, ensure_data, number_of_nodes
@@ -80,11 +81,14 @@ def up(
             if found.page:
                 print(f"live page: {found.page}, as the controller's node reaches it", flush=True)
         if not detach:
-            _stay(config.run, say=say)
+            _stay(config.run, was_up=found.is_adopted, say=say)
 
 
-def _stay(run: str, *, say: Callable[[str], None]) -> None:
-    """Say what happens until all steps are done, or until a signal; then take the run down."""
+def _stay(run: str, *, was_up: bool, say: Callable[[str], None]) -> None:
+    """Say what happens until all steps are done, then take the run down.
+
+    A signal takes it down earlier, if it was started here.
+    """
     from deploy.cluster import bring_down, keeper_state
     from deploy.processes import StopSignals
     from protos.errors import NotReady
@@ -104,6 +108,8 @@ def _stay(run: str, *, say: Callable[[str], None]) -> None:
             if state.is_finished:
                 say("all steps are done")
                 break
+        if stop.asked and was_up:
+            raise Stopped(f"run {run!r} was up before and stays so; `headrace down {run}` ends it")
         bring_down(run, say=say)
         if stop.asked:
             raise Stopped(f"run {run!r} was taken down; its ledger stays, and `up` goes on with it")
