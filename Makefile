@@ -150,6 +150,17 @@ bench-reading: install
 test-trackers: install .venv-trackers/.installed
 	PYTHONPATH=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') .venv-trackers/bin/python -m pytest tests/integration/test_trackers.py $(ARGS)
 
+# What Ray's metrics endpoint needs beside Ray, in an environment of its own beside ours.
+.venv-ray-metrics/.installed: tests/integration/ray_metrics.txt
+	$(PYTHON) -m venv .venv-ray-metrics
+	.venv-ray-metrics/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/integration/ray_metrics.txt
+	touch $@
+
+# Loader workers' figures at the metrics endpoint of a real Ray.
+.PHONY: test-ray-metrics
+test-ray-metrics: install .venv-ray-metrics/.installed
+	PYTHONPATH=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') .venv-ray-metrics/bin/python -m pytest tests/integration/test_ray_metrics.py $(ARGS)
+
 # The live page in a real Chromium, with what it costs the controller; installs Chromium where
 # apt-get can, and is skipped where there is none.
 .PHONY: test-page
