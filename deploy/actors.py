@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from controller.actor import ControllerActor
 from controller.config import RunConfig
 from deploy.ports import free_port
+from deploy.processes import StopSignals
 from protos.errors import AlreadyServing, HeadraceError, NotReady, Retryable
 from protos.security import split_address
 
 START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 10.0
+_LOOK_S = 0.2
 _PORT_TRIES = 3
 
 Say = Callable[[str], None]
@@ -60,10 +63,13 @@ class WatchedActor:
         Raises:
             HeadraceError: the actor cannot serve, or does not in time.
         """
+        deadline = time.monotonic() + timeout_s
+        # In slices: signals are not heard meanwhile.
+        while not ray.wait([self._pending], timeout=_LOOK_S)[0]:
+            if time.monotonic() >= deadline:
+                raise NotReady(f"the {self.name} did not start within {timeout_s:g} s")
         try:
-            address: str = ray.get(self._pending, timeout=timeout_s)
-        except GetTimeoutError as error:
-            raise NotReady(f"the {self.name} did not start within {timeout_s:g} s") from error
+            address: str = ray.get(self._pending)
         except RayTaskError as error:
             raise _ours(error) from error
         except RayActorError as error:
@@ -159,17 +165,18 @@ class WatchedActor:
             ray.kill(self._actor, no_restart=True)
 
 
-def stop_actors(*groups: Sequence[WatchedActor], timeout_s: float = _STOP_TIMEOUT_S) -> None:
-    """Have one group after the other stop, then end its processes; a dead one does no harm."""
-    for actors in groups:
-        asked = []
-        for actor in actors:
-            with contextlib.suppress(RayActorError):
-                asked.append(actor.ask_to_stop())
-        if asked:
-            ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
-        for actor in actors:
-            actor.kill()
+def stop_actors(actors: Sequence[WatchedActor], stop: StopSignals) -> None:
+    """Have actors stop, then end their processes; a dead one does no harm."""
+    waiting = []
+    for actor in actors:
+        with contextlib.suppress(RayActorError):
+            waiting.append(actor.ask_to_stop())
+    deadline = time.monotonic() + _STOP_TIMEOUT_S
+    while waiting and (left_s := stop.patience_s(deadline - time.monotonic())):
+        # In slices, as a signal may come meanwhile.
+        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=min(left_s, _LOOK_S))
+    for actor in actors:
+        actor.kill()
 
 
 def start_controller(config: RunConfig, *, say: Say) -> tuple[WatchedActor, str]:

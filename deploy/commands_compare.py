@@ -54,6 +54,8 @@ def compare(
     """
     # Slow to import, and `headrace --help` needs none of it.
     from deploy.compare.app import draw_report, find_comparison, run_comparison
+    from deploy.last_resort import stoppable
+    from deploy.local_ray import temporary_folder
 
     chosen: dict[str, Any] = {
         "data": data,
@@ -67,9 +69,10 @@ def compare(
         raise ConfigError("compare needs a YAML file, a comparison's folder, or --data")
     spec, folder = find_comparison(what, out, chosen)
     console = stderr if as_json else Console()
-    if not report:
-        arms = [name.strip() for name in (only or "").split(",") if name.strip()]
-        run_comparison(spec, folder, console, jobs=jobs, only=arms)
-    results = draw_report(spec, folder, console)
+    with temporary_folder() as folder_of_libraries, stoppable(folder_of_libraries):
+        if not report:
+            arms = [name.strip() for name in (only or "").split(",") if name.strip()]
+            run_comparison(spec, folder, console, jobs=jobs, only=arms)
+        results = draw_report(spec, folder, console)
     if as_json:
         print(json.dumps(results, indent=2))

@@ -45,13 +45,14 @@ def pack(
     OUT gets its name when it is complete; nothing is overwritten. Domains are packed in parallel;
     on Ray, SRC and OUT must be folders that all of its machines share.
     """
+    from deploy.last_resort import stoppable
     from deploy.pack import pack as pack_domains
     from deploy.parallel import choose
     from deploy.sources import Documents, find_domains, text_domains
 
     domains = text_domains(find_domains(src.absolute()), src)
     documents = {domain.name: Documents(domain, text_field) for domain in domains}
-    with working(stderr, "packing") as update:
+    with stoppable(), working(stderr, "packing") as update:
         packed = pack_domains(
             documents,
             out.absolute(),
@@ -92,10 +93,11 @@ def index(
     interrupted goes on where it was. On Ray, local shards and the index's folder must be shared.
     """
     from deploy.dataset import ensure_index
+    from deploy.last_resort import stoppable
     from deploy.parallel import choose
 
     config = load_run_file(run_file)
-    with working(stderr, "indexing") as update:
+    with stoppable(), working(stderr, "indexing") as update:
         found = ensure_index(
             config,
             rebuild=rebuild,

@@ -82,7 +82,7 @@ def run(
     """Train a small GPT on this machine with everything: Ray, controller, loader workers, torchrun.
 
     Shows how it goes, ends with a report on screen, report.json, plots and the ledger in --out.
-    Ctrl-C ends it cleanly, and --resume goes on from the last checkpoint.
+    Ctrl-C ends it within 5 seconds, and --resume goes on from the last checkpoint.
     """
     # Slow to import, and `headrace --help` needs none of it.
     from deploy.local import run_local

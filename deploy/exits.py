@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
+from deploy.exit_codes import STOPPED
 from deploy.failures import Stopped, TrainerFailed
 from protos.errors import (
     AlreadyServing,
@@ -31,10 +32,8 @@ EXIT_CODES: dict[type[HeadraceError], int] = {
     DataError: 4,
     LedgerError: 5,
     TrainerFailed: 6,
-    Stopped: 130,
+    Stopped: STOPPED,
 }
-
-_INTERRUPTED = 130
 
 stderr = Console(stderr=True)
 
@@ -57,6 +56,6 @@ def told(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(exit_code(error)) from None
         except KeyboardInterrupt:
             stderr.print("headrace: stopped")
-            raise typer.Exit(_INTERRUPTED) from None
+            raise typer.Exit(STOPPED) from None
 
     return wrapped

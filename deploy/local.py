@@ -12,8 +12,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +22,12 @@ from rich.console import Console
 from controller.config import RunConfig, load_run_file
 from deploy.failures import Stopped, TrainerFailed
 from deploy.history import LOG_PATTERN
+from deploy.last_resort import last_resort
 from deploy.local_ray import local_ray, temporary_folder
 from deploy.page import with_fixed_page, with_page
 from deploy.plots import draw_plots
 from deploy.prepare import prepare_run
-from deploy.processes import ChildProcess, StopSignals
+from deploy.processes import TERMINATE_GRACE_S, ChildProcess, Family, StopSignals
 from deploy.progress import Progress
 from deploy.report import (
     examine,
@@ -61,6 +61,9 @@ LOGS = "logs"
 
 _POLL_S = 0.5
 _STATUS_TIMEOUT_S = 2.0
+_STATUS_AT_LEAST_S = 0.3
+"""Even when somebody is in a hurry: a controller that lives answers in much less."""
+
 _LAST_LINES = 15
 _LINES_SEARCHED = 400
 
@@ -84,13 +87,20 @@ def run_local(options: RunOptions, console: Console) -> dict[str, Any]:
         HeadraceError: what went wrong, in a sentence.
         Stopped: the run was ended by a signal; all that it made so far is on disk.
     """
-    with _terminable(), Progress(console) as progress, temporary_folder() as folder:
-        training = choose_training(options)
-        found = _with_workers(load_run_file(prepare_run(options, progress)), options)
-        config = with_page(found, options.dashboard)
-        keep_training(training, options.out)
-        outcome = _train(options, training, config, folder, progress)
-        return _report(options, training, config, outcome, progress, console)
+    family = Family()
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignals())
+        progress = stack.enter_context(Progress(console))
+        folder = stack.enter_context(temporary_folder())
+        stack.enter_context(last_resort(family, folder))
+        with stop.raising():
+            training = choose_training(options)
+            found = _with_workers(load_run_file(prepare_run(options, progress)), options)
+            config = with_page(found, options.dashboard)
+            keep_training(training, options.out)
+        outcome = _train(options, training, config, folder, progress, family, stop)
+        with stop.raising():
+            return _report(options, training, config, outcome, progress, console)
 
 
 def _with_workers(config: RunConfig, options: RunOptions) -> RunConfig:
@@ -101,33 +111,22 @@ def _with_workers(config: RunConfig, options: RunOptions) -> RunConfig:
     return config.model_copy(update={"workers": workers})
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Have SIGTERM end things as Ctrl-C does, so that nothing half-made stays."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    former = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
-
-
 def _train(
     options: RunOptions,
     training: Training,
     config: RunConfig,
     folder: Path,
     progress: Progress,
+    family: Family,
+    stop: StopSignals,
 ) -> Outcome:
     with ExitStack() as stack:
-        stop = stack.enter_context(StopSignals())
-        with progress.stage("starting Ray, controller and workers"):
+        with progress.stage("starting Ray, controller and workers"), stop.raising():
             logs = options.out / LOGS
             stack.callback(_say_logs, logs, progress)
-            stack.enter_context(local_ray(folder, num_actors=1 + config.workers.count, logs=logs))
+            num_actors = 1 + config.workers.count
+            ray = local_ray(folder, num_actors=num_actors, logs=logs, family=family, stop=stop)
+            stack.enter_context(ray)
             stop.install()
             # Imports Ray, which must find the environment that `local_ray` has prepared.
             from deploy.actors import start_controller, stop_actors
@@ -137,12 +136,12 @@ def _train(
             controller, address = start_controller(config, say=progress.say)
             if config.dashboard is not None:
                 progress.say(f"live page: {config.dashboard.url(config.wire_security)}")
-            stack.callback(stop_actors, [controller])
+            stack.callback(stop_actors, [controller], stop)
             write_whole(options.out / ADDRESS, address + "\n")
             stack.callback((options.out / ADDRESS).unlink, missing_ok=True)
             cache = options.out.resolve() / CACHE
             pool = WorkerPool(config, address, cache, say=progress.say)
-            stack.callback(pool.stop)
+            stack.callback(pool.stop, stop)
             pool.start()
         admin = AdminClient(address, security=config.wire_security)
         stack.callback(admin.close)
@@ -156,7 +155,8 @@ def _train(
         try:
             watch.until_the_end()
         finally:
-            trainer.stop(stop)
+            # Ranks would end where they stand in any case, and torchrun takes seconds to tell them.
+            trainer.stop(stop, grace_s=0.0 if stop.asked else TERMINATE_GRACE_S)
             wall_s = time.monotonic() - started
             watch.last_status()
             progress.end_live()
@@ -215,16 +215,19 @@ class _Watch:
         """Hear the controller once more, and tell it that the run is over."""
         self._ask()
         try:
-            self._admin.drain(timeout_s=_STATUS_TIMEOUT_S)
+            self._admin.drain(timeout_s=self._timeout_s())
         except HeadraceError as error:
             self._progress.say(f"the controller could not be told that the run is over: {error}")
 
     def _ask(self) -> None:
         try:
-            self.status = self._admin.status(timeout_s=_STATUS_TIMEOUT_S)
+            self.status = self._admin.status(timeout_s=self._timeout_s())
         except Retryable:
             # Its actor is watched, and training goes on without it.
             return
+
+    def _timeout_s(self) -> float:
+        return max(self._stop.patience_s(_STATUS_TIMEOUT_S), _STATUS_AT_LEAST_S)
 
 
 def _failure(trainer: ChildProcess) -> str:

@@ -9,16 +9,24 @@ import secrets
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deploy.processes import Family, StopSignals
 from protos.errors import ConfigError, HeadraceError
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 
 _OBJECT_STORE_BYTES = 80 << 20
 """About the least that Ray takes; batches do not pass through it."""
+
+_SHUTDOWN_S = 10.0
+"""How long Ray may take to end its processes."""
+
+_SHUTDOWN_AT_LEAST_S = 0.8
+"""It has so long even when somebody is in a hurry: it needs this on an idle machine."""
 
 _MAX_SOCKET_PATH = 107
 """Of a Unix socket, in bytes."""
@@ -53,10 +61,12 @@ def python_path() -> str:
 
 
 @contextmanager
-def local_ray(folder: Path, *, num_actors: int, logs: Path) -> Iterator[None]:
+def local_ray(
+    folder: Path, *, num_actors: int, logs: Path, family: Family, stop: StopSignals
+) -> Iterator[None]:
     """Run a Ray for `num_actors` actors until the end of the block; to be used once a process.
 
-    What the actors wrote is copied to `logs` at the end.
+    What the actors wrote is copied to `logs` at the end. All of `family` ends with it.
 
     Raises:
         HeadraceError: Ray does not start.
@@ -71,6 +81,8 @@ def local_ray(folder: Path, *, num_actors: int, logs: Path) -> Iterator[None]:
         "RAY_AUTH_TOKEN": "",
         "RAY_AUTH_TOKEN_PATH": str(_token_file(folder)),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Else SIGTERM while it starts would have it wait for work that nobody has given.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         # The harness says itself what died; Ray's own words would tear its display.
         "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
         "PYTHONPATH": python_path(),
@@ -91,8 +103,12 @@ def local_ray(folder: Path, *, num_actors: int, logs: Path) -> Iterator[None]:
                 logging_level=logging.ERROR,
                 _temp_dir=str(folder),
             )
+        except (KeyboardInterrupt, SystemExit):
+            # The latter is Ray's answer to SIGTERM, which it takes while it starts.
+            _shut_down(family, stop)
+            raise KeyboardInterrupt from None
         except Exception as error:
-            ray.shutdown()
+            _shut_down(family, stop)
             reason = str(error).partition("\n")[0]
             raise HeadraceError(
                 f"Ray did not start: {reason}; `headrace doctor` says what it lacks"
@@ -100,8 +116,24 @@ def local_ray(folder: Path, *, num_actors: int, logs: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            ray.shutdown()
+            _shut_down(family, stop)
             _keep_logs(folder, logs)
+
+
+def _shut_down(family: Family, stop: StopSignals) -> None:
+    """End Ray and all that it started; those that take too long are killed meanwhile."""
+    import ray
+
+    patience_s = max(stop.patience_s(_SHUTDOWN_S), _SHUTDOWN_AT_LEAST_S)
+    killer = threading.Timer(patience_s, family.end)
+    killer.daemon = True
+    killer.start()
+    try:
+        # Also where its processes are dead: it must let go of them, or it would end this one.
+        ray.shutdown()
+    finally:
+        killer.cancel()
+        family.end()
 
 
 def _token_file(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -53,7 +54,11 @@ def in_processes(num_processes: int) -> Mapper:
         # Not forked: this process may hold threads of a store's connections.
         context = multiprocessing.get_context("spawn")
         count = min(num_processes, len(items))
-        with ProcessPoolExecutor(count, mp_context=context) as pool:
+        # Ctrl-C reaches them as well, and is this process' affair.
+        deaf = (signal.SIGINT, signal.SIG_IGN)
+        with ProcessPoolExecutor(
+            count, mp_context=context, initializer=signal.signal, initargs=deaf
+        ) as pool:
             futures = deque(pool.submit(function, item) for item in items)
             try:
                 while futures:
@@ -62,6 +67,11 @@ def in_processes(num_processes: int) -> Mapper:
                 raise DataError(
                     "a process that read data died (out of memory?); try fewer --processes"
                 ) from error
+            except KeyboardInterrupt:
+                # The pool would wait for what they are at.
+                for child in multiprocessing.active_children():
+                    child.kill()
+                raise
             finally:
                 for future in futures:
                     future.cancel()

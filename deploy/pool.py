@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from controller.config import RunConfig
 from deploy.actors import START_TIMEOUT_S, Say, WatchedActor, stop_actors
+from deploy.processes import StopSignals
 from loader_workers.actor import LoaderActor
 from loader_workers.worker import DRAIN_S, WorkerSettings
 
@@ -156,6 +157,6 @@ class WorkerPool:
                 how = f"was ended after {self._drain_s:g} s" if is_late else "has left"
                 self._say(f"the {worker.name} {how}")
 
-    def stop(self) -> None:
+    def stop(self, stop: StopSignals) -> None:
         """End all workers; those that are dead do no harm."""
-        stop_actors(list(self.workers.values()))
+        stop_actors(list(self.workers.values()), stop)

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 TERMINATE_GRACE_S = 10.0
 """How long a process has to end by itself before it is killed."""
 
+ORDERLY_S = 2.0
+"""How long after a signal everything may end in its own way; what lives then is killed."""
+
 _POLL_S = 0.05
+_GONE_S = 0.8
+"""How long the kernel may take to end what was killed."""
+
+_PR_SET_CHILD_SUBREAPER = 36
+"""From linux/prctl.h."""
 
 
 class StopSignals:
@@ -28,6 +38,8 @@ class StopSignals:
         self._asked = threading.Event()
         self._hurry = threading.Event()
         self._former: dict[int, object] = {}
+        self._raises = False
+        self._asked_s = 0.0
         self.signal: int | None = None
 
     def __enter__(self) -> StopSignals:
@@ -47,8 +59,22 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._asked.is_set():
             self._hurry.set()
-        self.signal = number
-        self._asked.set()
+        else:
+            self.signal, self._asked_s = number, time.monotonic()
+            self._asked.set()
+        if self._raises:
+            # Once: what is tidied up then must not be interrupted.
+            self._raises = False
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Have the next signal end the block with a KeyboardInterrupt."""
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
 
     @property
     def asked(self) -> bool:
@@ -63,6 +89,13 @@ class StopSignals:
     def wait(self, timeout_s: float) -> bool:
         """Wait until somebody asks to stop; say whether they did."""
         return self._asked.wait(timeout_s)
+
+    def patience_s(self, usual_s: float) -> float:
+        """Return how long to wait now for what else has `usual_s`: less once somebody asked."""
+        if self.hurry:
+            return 0.0
+        left_s = self._asked_s + ORDERLY_S - time.monotonic() if self.asked else usual_s
+        return max(min(left_s, usual_s), 0.0)
 
 
 class ChildProcess:
@@ -97,14 +130,11 @@ class ChildProcess:
         if self.poll() is None:
             self._process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + grace_s
-        while self._process.poll() is None and time.monotonic() < deadline and not stop.hurry:
+        while self._process.poll() is None and stop.patience_s(deadline - time.monotonic()):
             self._family |= descendants(self._process.pid)
             time.sleep(_POLL_S)
         # Ranks have sessions of their own, so a group's signal would not reach them.
-        for pid, started in self._family.items():
-            if _start_time(pid) == started:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
+        _kill(self._family)
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
@@ -115,6 +145,43 @@ class ChildProcess:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self._log_start, size - 64_000))
             return file.read().decode("utf-8", "replace").splitlines()[-num_lines:]
+
+
+class Family:
+    """All that this process starts from now on, and what that starts; for a process' main thread.
+
+    Whoever loses its parent becomes a child of this process, so that none is out of sight.
+    """
+
+    def __init__(self) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+        self._others = descendants(os.getpid()).keys()
+
+    def members(self) -> dict[int, int]:
+        """Return those that live, with start times."""
+        found = descendants(os.getpid())
+        return {
+            pid: started
+            for pid, started in found.items()
+            if pid not in self._others and _lives(pid)
+        }
+
+    def end(self) -> None:
+        """Kill all of them, and what they start meanwhile; wait until they are gone."""
+        deadline = time.monotonic() + _GONE_S
+        while (found := self.members()) and time.monotonic() < deadline:
+            _kill(found)
+            time.sleep(_POLL_S)
+
+
+def _kill(processes: Mapping[int, int]) -> None:
+    """Kill processes, given with start times."""
+    for pid, started in processes.items():
+        if _start_time(pid) == started:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def descendants(pid: int) -> dict[int, int]:
@@ -144,6 +211,11 @@ def _processes() -> Iterator[tuple[int, int]]:
 def _start_time(pid: int) -> int | None:
     fields = _stat_fields(pid)
     return None if fields is None else int(fields[19])
+
+
+def _lives(pid: int) -> bool:
+    fields = _stat_fields(pid)
+    return fields is not None and fields[0] not in ("Z", "X")
 
 
 def _stat_fields(pid: int) -> list[str] | None:

@@ -1,7 +1,8 @@
-"""`headrace run` as a process of its own, on a small corpus, watched from outside."""
+"""`headrace run`, or another command, as a process of its own, watched from outside."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,17 +11,19 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 DOMAINS = ("code", "mail", "prose")
 NUM_STEPS = 60
+
+_LISTEN = "0A"
+"""A TCP socket's state in /proc/net/tcp."""
 
 MARK = "HEADRACE_TEST_MARK"
 """In the environment of all that a run starts: a process is found by it wherever it hangs."""
@@ -56,23 +59,31 @@ class Traces:
     """What a run could leave behind, as seen while it ran."""
 
     pids: set[int] = field(default_factory=set)
-    ports: set[int] = field(default_factory=set)
+    sockets: set[str] = field(default_factory=set)
+    """Inodes of those that listen; a port may soon be another's."""
 
 
 class HarnessRun:
-    """A `headrace run` in a session of its own, as a terminal would start it."""
+    """A command in a session of its own, as a terminal would start it."""
 
-    def __init__(self, arguments: list[str], *, log: Path) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        *,
+        log: Path,
+        command: str = "run",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._mark = uuid.uuid4().hex
         self.log = log
         # Short, as Ray puts sockets below it, and empty again afterwards if nothing is left.
         self.temporary = Path(tempfile.mkdtemp(prefix="hrt-", dir="/tmp"))
-        environment = {**os.environ, MARK: self._mark, "TMPDIR": str(self.temporary)}
+        marks = {MARK: self._mark, "TMPDIR": str(self.temporary)}
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "deploy.cli", "run", *arguments],
+                [sys.executable, "-m", "deploy.cli", command, *arguments],
                 cwd=ROOT,
-                env=environment,
+                env={**os.environ, **(environment or {}), **marks},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -96,14 +107,10 @@ class HarnessRun:
 
     def traces(self) -> Traces:
         """Look at what the run holds now."""
-        traces = Traces()
+        traces, listening = Traces(), listening_sockets()
         for process in self.processes():
             traces.pids.add(process.pid)
-            try:
-                connections = process.net_connections("tcp")
-            except (psutil.Error, OSError):
-                continue
-            traces.ports |= _listening(connections)
+            traces.sockets |= _open_sockets(process.pid) & listening
         return traces
 
     def interrupt(self) -> None:
@@ -118,9 +125,15 @@ class HarnessRun:
 
 
 @contextmanager
-def harness_run(arguments: list[str], *, log: Path) -> Iterator[HarnessRun]:
-    """Start a run; at the end nothing of it is left."""
-    run = HarnessRun(arguments, log=log)
+def harness_run(
+    arguments: list[str],
+    *,
+    log: Path,
+    command: str = "run",
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[HarnessRun]:
+    """Start a command; at the end nothing of it is left."""
+    run = HarnessRun(arguments, log=log, command=command, environment=environment)
     try:
         yield run
     finally:
@@ -148,17 +161,26 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) ->
         time.sleep(0.1)
 
 
-def listening_ports() -> set[int]:
-    """Return the TCP ports on which anything listens."""
-    return _listening(psutil.net_connections("tcp"))
+def listening_sockets() -> set[str]:
+    """Return the inodes of all TCP sockets that listen."""
+    found = set()
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == _LISTEN:
+                found.add(fields[9])
+    return found
 
 
-def _listening(connections: Iterable[Any]) -> set[int]:
-    return {
-        connection.laddr.port
-        for connection in connections
-        if connection.status == psutil.CONN_LISTEN
-    }
+def _open_sockets(pid: int) -> set[str]:
+    found = set()
+    with contextlib.suppress(OSError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                name = str(descriptor.readlink())
+                if name.startswith("socket:["):
+                    found.add(name[len("socket:[") : -1])
+    return found
 
 
 def abandoned_shared_memory(before: set[str]) -> set[str]:
@@ -174,3 +196,15 @@ def abandoned_shared_memory(before: set[str]) -> set[str]:
         used |= {name for name in new if f"/dev/shm/{name}" in maps}
         used |= {name for name in new if f"/dev/shm/{name}" in files}
     return new - used
+
+
+def assert_nothing_left(run: HarnessRun, traces: Traces, shm_before: set[str]) -> None:
+    """Expect that nothing is left of a command that has ended: process, port, file."""
+    # What was killed needs a moment of a busy machine to be gone.
+    wait_until(lambda: not run.processes(), timeout_s=3, what="the end of all processes")
+    assert not traces.sockets & listening_sockets()
+    assert [*run.temporary.rglob("*")] == []
+    # What others on this machine make there goes away again by itself; what is left stays.
+    wait_until(
+        lambda: not abandoned_shared_memory(shm_before), timeout_s=20, what="an empty /dev/shm"
+    )

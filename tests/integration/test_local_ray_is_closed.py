@@ -18,9 +18,14 @@ import json, os, stat
 import grpc
 import psutil
 from deploy.local_ray import local_ray, temporary_folder
+from deploy.processes import Family, StopSignals
 from tests.fakes_security import call, make_token, shown
 
-with temporary_folder() as folder, local_ray(folder, num_actors=1, logs=folder / "logs"):
+with (
+    StopSignals() as stop,
+    temporary_folder() as folder,
+    local_ray(folder, num_actors=1, logs=folder / "logs", family=Family(), stop=stop),
+):
     import ray
 
     context = ray.get_runtime_context()

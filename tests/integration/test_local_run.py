@@ -22,9 +22,8 @@ from tests.harness_runs import (
     SMALL,
     HarnessRun,
     Traces,
-    abandoned_shared_memory,
+    assert_nothing_left,
     harness_run,
-    listening_ports,
     wait_until,
     write_corpus,
 )
@@ -48,17 +47,11 @@ def trains(run: HarnessRun, out: Path) -> bool:
     return log.exists() and log.stat().st_size > 0
 
 
-def assert_nothing_left(run: HarnessRun, traces: Traces, shm_before: set[str]) -> None:
+def assert_all_ended(run: HarnessRun, traces: Traces, shm_before: set[str]) -> None:
     # More than the harness alone was seen, or there is nothing to conclude.
     assert len(traces.pids) > 5
-    assert len(traces.ports) > 3
-    assert run.processes() == []
-    assert not traces.ports & listening_ports()
-    assert list(run.temporary.iterdir()) == []
-    # What others on this machine make there goes away again by itself; what is left stays.
-    wait_until(
-        lambda: not abandoned_shared_memory(shm_before), timeout_s=20, what="an empty /dev/shm"
-    )
+    assert len(traces.sockets) > 3
+    assert_nothing_left(run, traces, shm_before)
 
 
 def test_a_run_ends_by_itself_with_a_complete_report_and_leaves_nothing(tmp_path: Path) -> None:
@@ -70,7 +63,7 @@ def test_a_run_ends_by_itself_with_a_complete_report_and_leaves_nothing(tmp_path
         wait_until(lambda: trains(run, out), timeout_s=90, what="the first step")
         traces = run.traces()
         assert run.process.wait(120) == 0, run.text()
-        assert_nothing_left(run, traces, shm_before)
+        assert_all_ended(run, traces, shm_before)
         text = run.text()
     report = json.loads((out / "report.json").read_text())
     assert set(report) >= REPORT_KEYS
@@ -125,8 +118,8 @@ def test_ctrl_c_in_mid_run_ends_cleanly_and_leaves_nothing(tmp_path: Path) -> No
         status = hear_status(page[1], is_trained)
         assert (status["world_size"], status["num_workers"]) == (2, [2, 2])
         run.interrupt()
-        assert run.process.wait(60) == 130, run.text()
-        assert_nothing_left(run, traces, shm_before)
+        assert run.process.wait(5) == 130, run.text()
+        assert_all_ended(run, traces, shm_before)
         assert "headrace: stopped by SIGINT after" in run.text()
         assert "Traceback" not in run.text()
     report = json.loads((out / "report.json").read_text())
@@ -161,7 +154,7 @@ def test_a_worker_and_a_controller_that_die_come_back_and_a_dead_rank_ends_the_r
         says("the controller serves again")
         one_of(run, "deploy.examples.train", "-u").kill()
         assert run.process.wait(60) == 6, run.text()
-        assert_nothing_left(run, traces, shm_before)
+        assert_all_ended(run, traces, shm_before)
         text = run.text()
     assert "headrace: the trainer ended with exit status" in text
     assert str(out / "trainer.log") in text
