@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -55,9 +56,21 @@ class Composer:
             for domain, count in enumerate(by_domain.tolist()):
                 self._lanes[lane].skip(domain, count)
 
-    def compose(self, step: Step, counts: NDArray[np.int64]) -> tuple[LaneBatch, ...]:
-        """Return the lanes' batches of a step with these [domains] counts; see `compose_steps`."""
-        return self.compose_steps(step, counts[None])
+    def compose(
+        self,
+        step: Step,
+        counts: NDArray[np.int64],
+        *,
+        own: Mapping[Lane, NDArray[np.int64]] = MappingProxyType({}),
+    ) -> tuple[LaneBatch, ...]:
+        """Return the lanes' batches of a step with these [domains] counts; see `compose_steps`.
+
+        A lane that has counts of its `own` gets its part of those.
+        """
+        labels = self._deal(step, counts[None])
+        for lane, theirs in own.items():
+            labels[:, lane] = self._deal(step, theirs[None])[:, lane]
+        return self._lane_batches(labels)
 
     def compose_steps(self, step: Step, counts: NDArray[np.int64]) -> tuple[LaneBatch, ...]:
         """Return the lanes' batches of consecutive steps.
@@ -70,7 +83,12 @@ class Composer:
             DomainEmpty: a lane has no tokens in a domain that a step wants.
             NotReady: the worker is stopping.
         """
-        labels = deal_steps(counts, lanes=self._spec.lanes, seed=self._spec.seed, step=step)
+        return self._lane_batches(self._deal(step, counts))
+
+    def _deal(self, step: Step, counts: NDArray[np.int64]) -> NDArray[np.uint16]:
+        return deal_steps(counts, lanes=self._spec.lanes, seed=self._spec.seed, step=step)
+
+    def _lane_batches(self, labels: NDArray[np.uint16]) -> tuple[LaneBatch, ...]:
         return tuple(
             self._lane_batch(lane, reader, labels[:, lane]) for lane, reader in self._lanes.items()
         )

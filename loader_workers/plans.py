@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loader_workers.alone import Alone
 from protos.errors import NotReady, StaleGeneration
 from protos.planbook import PlanBook
 from protos.slots import lane_counts
 from protos.spec import RunSpec
-from protos.types import Generation, Lane, Plan, PlanEvent, Step
+from protos.types import AloneSteps, Generation, Lane, Plan, PlanEvent, Step
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +58,18 @@ class PlanBoard:
         self._heard_at = now()
         self._closed = False
         self._degraded: set[Step] = set()
+        self._alone = Alone()
         self._epoch = 0
+        self.answered = 0
+        """The newest question of the controller that was heard; 0: none."""
+
         self.generation = Generation(0)
         self.composed_through = -1
         """The last step of this generation that a stream was given a turn for."""
 
     @property
     def epoch(self) -> int:
-        """The number of the controller whose plans are held; 0: it has none."""
+        """The number of the controller that was heard last; 0: it has none."""
         return self._epoch
 
     @property
@@ -76,6 +81,11 @@ class PlanBoard:
     def num_degraded(self) -> int:
         """How many steps were composed without their seal, in all generations."""
         return len(self._degraded)
+
+    @property
+    def alone(self) -> tuple[AloneSteps, ...]:
+        """What was composed in this generation without its seal."""
+        return self._alone.said()
 
     @property
     def newest_shares(self) -> tuple[float, ...] | None:
@@ -97,7 +107,10 @@ class PlanBoard:
                     self._epoch,
                 )
                 return
-            self._epoch = max(self._epoch, event.epoch)
+            if event.epoch > self._epoch:
+                self._epoch, self.answered = event.epoch, 0
+            # Whoever is asked has heard the controller, so it goes on alone no more for a while.
+            self.answered = max(self.answered, event.asked)
             self._heard_at = self._now()
             if event.generation < self.generation:
                 logger.warning(
@@ -109,10 +122,13 @@ class PlanBoard:
                 self._book, plans = self._begin_book(event)
                 if event.generation > self.generation:
                     self.composed_through = -1
+                    self._alone = Alone()
                 self.generation = event.generation
             elif event.generation != self.generation:
                 # Without the plans from its start a generation cannot be composed.
                 return
+            if event.reset or plans:
+                self._alone.heard_plans()
             for plan in plans:
                 self._book.add(plan)
             self._book.sealed_through = max(self._book.sealed_through, event.sealed_through)
@@ -162,6 +178,7 @@ class PlanBoard:
         *,
         may_send: Callable[[], int | None],
         needed_step: Callable[[], int],
+        lanes: Iterable[Lane] = (),
         most_steps: int = 1,
     ) -> Turn | None:
         """Wait until a step may be composed; return its counts and those of steps after it.
@@ -171,6 +188,7 @@ class PlanBoard:
             generation: the stream's.
             may_send: how many steps the stream has credits for; None when its rank is gone.
             needed_step: the step that the rank waits for now; -1: it does not wait.
+            lanes: the stream's.
             most_steps: so many at most, of those that may be composed now as well.
 
         Returns:
@@ -187,13 +205,15 @@ class PlanBoard:
                 if credit is None:
                     return None
                 self._check_generation(generation)
+                if credit and self._alone.book_at(step) is not None:
+                    return self._alone_turn(step, lanes)
                 if credit and step <= self.sealed_through:
-                    return self._turn(step, self._fitting(step, min(credit, most_steps)))
+                    return self._sealed_turn(step, min(credit, most_steps))
                 silence_s = self._now() - self._heard_at
                 wait_s = _LONGEST_WAIT_S
                 if credit and needed_step() >= step and self._book.plans:
                     if silence_s >= self._spec.degraded_after_s:
-                        return self._turn(step, 1, degraded=True)
+                        return self._alone_turn(step, lanes)
                     wait_s = min(wait_s, self._spec.degraded_after_s - silence_s)
                 self.changed.wait(wait_s)
 
@@ -209,8 +229,9 @@ class PlanBoard:
         totals = {lane: np.zeros(spec.num_domains, dtype=np.int64) for lane in lane_steps}
         with self.changed:
             for step in range(min(lane_steps.values()), end):
+                book = self._alone.book_at(Step(step)) or self._book
                 counts = lane_counts(
-                    self._book.counts(Step(step)),
+                    book.counts(Step(step)),
                     lanes=spec.lanes,
                     seed=spec.seed,
                     step=Step(step),
@@ -224,6 +245,7 @@ class PlanBoard:
         """Drop the plans that no step from `step` on needs."""
         with self.changed:
             self._book.forget_before(step)
+            self._alone.forget_before(step)
 
     def close(self) -> None:
         """Send all who wait away with `NotReady`; idempotent."""
@@ -239,21 +261,29 @@ class PlanBoard:
                 f"generation {generation} has ended, {self.generation} is the newest; join again"
             )
 
-    def _fitting(self, step: Step, most_steps: int) -> int:
-        """Return how many of the steps are sealed, and under one plan with the first."""
-        end = min(step + most_steps, self.sealed_through + 1)
-        following = self._book.next_change(step)
-        return (end if following is None else min(end, following)) - step
+    def _sealed_turn(self, step: Step, most_steps: int) -> Turn:
+        """Return the turn of sealed steps that are under one plan with the first."""
+        ends = [step + most_steps, self.sealed_through + 1]
+        ends += [
+            end
+            for end in (self._book.next_change(step), self._alone.next_after(step))
+            if end is not None
+        ]
+        return self._turn(self._book, step, min(ends) - step)
 
-    def _turn(self, step: Step, num_steps: int, *, degraded: bool = False) -> Turn:
-        plan = self._book.plan_at(step)
+    def _alone_turn(self, step: Step, lanes: Iterable[Lane]) -> Turn:
+        """Return the turn of a step without a seal: the same for all streams."""
+        book = self._alone.compose(step, lanes, self._book)
+        self._degraded.add(step)
+        return self._turn(book, step, 1, degraded=True)
+
+    def _turn(self, book: PlanBook, step: Step, num_steps: int, *, degraded: bool = False) -> Turn:
+        plan = book.plan_at(step)
         # Said before it is composed: a controller that comes back must not plan this step anew.
         self.composed_through = max(self.composed_through, step + num_steps - 1)
-        if degraded:
-            self._degraded.add(step)
         return Turn(
             plan_version=plan.version,
-            counts=np.stack([self._book.counts(Step(step + n)) for n in range(num_steps)]),
+            counts=np.stack([book.counts(Step(step + n)) for n in range(num_steps)]),
             shares=plan.mixture.shares,
             degraded=degraded,
         )

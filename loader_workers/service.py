@@ -12,7 +12,7 @@ from loader_workers.plans import PlanBoard
 from loader_workers.source import WindowSource
 from protos.errors import InvalidMessage, NotReady, WrongRun
 from protos.spec import RunSpec
-from protos.types import Credit, OpenStream, PlanEvent, Step, StepBatch
+from protos.types import AloneSteps, Credit, OpenStream, PlanEvent, Step, StepBatch
 
 _MESSAGE_BYTES = 1 << 20
 """Of tokens: with more, a message costs as much a step as with fewer steps, and is later."""
@@ -34,6 +34,9 @@ class Figures:
     sequences_served: int = 0
     open_streams: int = 0
     heard_epoch: int = 0
+    answered: int = 0
+    sealed_through: int = -1
+    alone: tuple[AloneSteps, ...] = ()
 
 
 class _Listener:
@@ -122,6 +125,9 @@ class LoaderService:
                 sequences_served=self._sequences_served,
                 open_streams=len(listeners),
                 heard_epoch=board.epoch,
+                answered=board.answered,
+                sealed_through=sealed,
+                alone=board.alone,
             )
 
     def stop(self) -> None:
@@ -171,6 +177,7 @@ class LoaderService:
                 opening.generation,
                 may_send=listener.may_send,
                 needed_step=lambda: listener.needed_step,
+                lanes=opening.cursors,
                 most_steps=most_steps,
             )
             if turn is None:

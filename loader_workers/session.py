@@ -238,11 +238,12 @@ class ControllerSession:
         if self._stopping.is_set():
             return heard
         try:
-            for event in self._events(self._client.watch_plans(self._worker_id)):
+            events = self._client.watch_plans(self._worker_id, answers=True)
+            for event in self._events(events):
                 self._on_plans(event)
                 heard = True
-                if event.reset:
-                    # A controller that was started anew waits to hear that, and how far this is.
+                if event.asked or event.reset:
+                    # The controller waits to hear how far this worker has gone, alone or not.
                     self._beat_soon.set()
         except InvalidMessage as error:
             # Plans that do not follow from those held: a new stream brings all of them again.

@@ -268,6 +268,9 @@ class Worker:
             managed=self._settings.managed,
             starting=self._cache is None,
             heard_epoch=figures.heard_epoch,
+            answered=figures.answered,
+            sealed_through=figures.sealed_through,
+            alone=figures.alone,
         )
 
     def _new_quarantines(self) -> tuple[Quarantine, ...]:

@@ -161,9 +161,10 @@ class ControlClient(_Client):
             message = self._stub().ReportSteps(codec.reports_to_proto(reports), timeout=timeout_s)
         return codec.report_answer_from_proto(message)
 
-    def watch_plans(self, worker_id: str) -> Stream[PlanEvent]:
-        """Hear of plans and seals until cancelled."""
-        call = self._stub().WatchPlans(control_pb2.WatchPlansRequest(worker_id=worker_id))
+    def watch_plans(self, worker_id: str, *, answers: bool = False) -> Stream[PlanEvent]:
+        """Hear of plans and seals until cancelled; who `answers` is asked first."""
+        request = control_pb2.WatchPlansRequest(worker_id=worker_id, answers=answers)
+        call = self._stub().WatchPlans(request)
         return self._stream(call, codec.plan_event_from_proto)
 
     def enlist(self, beats: Iterator[WorkerBeat]) -> Stream[EnlistEvent]:

@@ -26,12 +26,14 @@ from protos.codec_common import (
 )
 from protos.spec import RunSpec
 from protos.types import (
+    AloneSteps,
     Beat,
     BlobChunk,
     EnlistEvent,
     Generation,
     JoinAnswer,
     JoinRequest,
+    Lane,
     LaneTable,
     PlanEvent,
     Rank,
@@ -61,6 +63,7 @@ def plan_event_to_proto(event: PlanEvent) -> control.WatchPlansResponse:
         sealed_through=event.sealed_through,
         reset=event.reset,
         epoch=event.epoch,
+        asked=event.asked,
     )
 
 
@@ -73,6 +76,7 @@ def plan_event_from_proto(message: control.WatchPlansResponse) -> PlanEvent:
         sealed_through=message.sealed_through,
         reset=message.reset,
         epoch=message.epoch,
+        asked=message.asked,
     )
 
 
@@ -256,13 +260,22 @@ def report_answer_from_proto(message: control.ReportResponse) -> ReportAnswer:
     )
 
 
-_BEAT_FIELDS = field_names(WorkerBeat, but={"quarantines"})
+_BEAT_FIELDS = field_names(WorkerBeat, but={"quarantines", "alone"})
 
 
 def worker_beat_to_proto(beat: WorkerBeat) -> control.EnlistRequest:
     """Encode what a worker says of itself."""
     return control.EnlistRequest(
         quarantines=[quarantine_to_proto(quarantine) for quarantine in beat.quarantines],
+        alone=[
+            control.AloneSteps(
+                first_step=each.first_step,
+                last_step=each.last_step,
+                plan_version=each.plan_version,
+                lanes=each.lanes,
+            )
+            for each in beat.alone
+        ],
         **{name: getattr(beat, name) for name in _BEAT_FIELDS},
     )
 
@@ -273,14 +286,24 @@ def worker_beat_from_proto(message: control.EnlistRequest) -> WorkerBeat:
     if not message.worker_id or not message.endpoint:
         raise ValueError("worker_id and endpoint must not be empty")
     _finite("stall_s", message.stall_s)
-    for name in ("generation", "degraded_steps", "cache_bytes", "sequences_served"):
+    for name in ("generation", "degraded_steps", "cache_bytes", "sequences_served", "answered"):
         _bounded(name, getattr(message, name))
     for name in ("worker_id", "endpoint", "run_id"):
         if len(getattr(message, name)) > MAX_NAME:
             raise ValueError(f"{name} must have at most {MAX_NAME} characters")
     return WorkerBeat(
         quarantines=tuple(quarantine_from_proto(item) for item in message.quarantines),
+        alone=tuple(_alone_from_proto(item) for item in message.alone),
         **{name: getattr(message, name) for name in _BEAT_FIELDS},
+    )
+
+
+def _alone_from_proto(message: control.AloneSteps) -> AloneSteps:
+    return AloneSteps(
+        first_step=Step(_bounded("first_step", message.first_step)),
+        last_step=Step(_bounded("last_step", message.last_step)),
+        plan_version=_bounded("plan_version", message.plan_version),
+        lanes=tuple(Lane(lane) for lane in message.lanes),
     )
 
 

@@ -73,6 +73,15 @@ class PlanBook:
                 del self._steps[step]
         self._plans.append(plan)
 
+    def without_after(self, version: int) -> PlanBook:
+        """Return a book without the plans newer than `version`: that one goes on for ever."""
+        book = self.copy()
+        dropped = [plan.first_step for plan in book._plans if plan.version > version]
+        book._plans = [plan for plan in book._plans if plan.version <= version]
+        for step in [step for step in book._steps if step >= min(dropped, default=step + 1)]:
+            del book._steps[step]
+        return book
+
     def forget_before(self, step: Step) -> None:
         """Drop plans that no step from `step` on needs."""
         index = bisect_right(self._plans, step, key=lambda plan: plan.first_step) - 1

@@ -133,7 +133,7 @@ class _Control(control_pb2_grpc.ControlServicer):
     async def WatchPlans(  # type: ignore[override]  # writes its answers rather than yields them
         self, request: control_pb2.WatchPlansRequest, context: _AioContext
     ) -> None:
-        events = self._service.watch_plans(request.worker_id)
+        events = self._service.watch_plans(request.worker_id, answers=request.answers)
         await _stream(context, events, codec.plan_event_to_proto)
 
     async def Enlist(  # type: ignore[override]  # writes its answers rather than yields them

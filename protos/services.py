@@ -51,8 +51,11 @@ class ControlService(Protocol):
             InvalidMessage: a number is not finite, a shape is wrong, a step lies in the future.
         """
 
-    def watch_plans(self, worker_id: str) -> AsyncIterator[PlanEvent]:
-        """Yield the plans from the generation's first step on, then every seal, then beats."""
+    def watch_plans(self, worker_id: str, *, answers: bool = False) -> AsyncIterator[PlanEvent]:
+        """Yield the plans from the generation's first step on, then every seal, then beats.
+
+        A worker that `answers` is asked first how far it went alone; see `PlanEvent.asked`.
+        """
 
     def enlist(self, beats: AsyncIterator[WorkerBeat]) -> AsyncIterator[RunSpec | BlobChunk | Beat]:
         """Take a worker in: answer with the run's settings, its index and tokenizer, then beats."""

@@ -120,6 +120,27 @@ class PlanEvent:
     epoch: int = 0
     """The controller's number, which grows with each that opens the ledger; 0: it has none."""
 
+    asked: int = 0
+    """Number of a question: how far has the worker gone alone? Plans come once a beat has answered
+    it. 0: nothing is asked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AloneSteps:
+    """Steps that a worker composed without their seal, because the controller was silent."""
+
+    first_step: Step
+    last_step: Step
+    plan_version: int
+    lanes: tuple[Lane, ...]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first_step <= self.last_step or not self.lanes:
+            raise ValueError(
+                f"steps {self.first_step}..{self.last_step} of {len(self.lanes)} lanes cannot have "
+                "been composed alone"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaneEndpoint:
@@ -311,8 +332,17 @@ class WorkerBeat:
     """It cannot serve yet: it shall be given no lanes."""
 
     heard_epoch: int = 0
-    """The number of the controller whose plans it had before it looked at `composed_through`; 0:
+    """The number of the controller that it had heard before it looked at `composed_through`; 0:
     none, or it does not say."""
+
+    answered: int = 0
+    """The newest question of that controller that it had heard then; 0: none."""
+
+    sealed_through: int = -1
+    """Last seal that it has heard of in `generation`; -1: none."""
+
+    alone: tuple[AloneSteps, ...] = ()
+    """What it composed in `generation` without a seal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -227,7 +227,9 @@ class ScriptedController:
             self._events.append(event)
             self._changed.notify_all()
 
-    async def watch_plans(self, worker_id: str) -> AsyncIterator[PlanEvent]:
+    async def watch_plans(
+        self, worker_id: str, *, answers: bool = False
+    ) -> AsyncIterator[PlanEvent]:
         sent = 0
         while True:
             async with self._changed:

@@ -60,7 +60,9 @@ class ScriptedController:
         self.reports.append(report)
         return ReportAnswer(plan_version=report.plan_version, sealed_through=5, counted=True)
 
-    async def watch_plans(self, worker_id: str) -> AsyncIterator[PlanEvent]:
+    async def watch_plans(
+        self, worker_id: str, *, answers: bool = False
+    ) -> AsyncIterator[PlanEvent]:
         try:
             yield PlanEvent(generation=Generation(1), plans=(PLAN,), sealed_through=8, reset=True)
             await asyncio.Event().wait()

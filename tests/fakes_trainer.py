@@ -323,7 +323,9 @@ class FakeController:
             lanes_version=self.lanes_version,
         )
 
-    async def watch_plans(self, worker_id: str) -> AsyncIterator[PlanEvent]:
+    async def watch_plans(
+        self, worker_id: str, *, answers: bool = False
+    ) -> AsyncIterator[PlanEvent]:
         no_events: tuple[PlanEvent, ...] = ()
         for event in no_events:
             yield event

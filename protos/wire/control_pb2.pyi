@@ -351,15 +351,19 @@ class WatchPlansRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
+    ANSWERS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
+    answers: _builtins.bool
+    """the worker answers what it is asked before it is told plans"""
     def __init__(
         self,
         *,
         worker_id: _builtins.str = ...,
+        answers: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -374,6 +378,7 @@ class WatchPlansResponse(_message.Message):
     SEALED_THROUGH_FIELD_NUMBER: _builtins.int
     RESET_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    ASKED_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     sealed_through: _builtins.int
     """-1: nothing sealed yet"""
@@ -381,6 +386,8 @@ class WatchPlansResponse(_message.Message):
     """forget what you held: a generation begins at plans[0].first_step"""
     epoch: _builtins.int
     """of the controller: grows with each that opens the ledger; 0: not told"""
+    asked: _builtins.int
+    """a question's number: say in a beat how far you went alone; 0: none"""
     @_builtins.property
     def plans(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Plan]: ...
     def __init__(
@@ -391,10 +398,11 @@ class WatchPlansResponse(_message.Message):
         sealed_through: _builtins.int = ...,
         reset: _builtins.bool = ...,
         epoch: _builtins.int = ...,
+        asked: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "generation", b"generation", "plans", b"plans", "reset", b"reset", "sealed_through", b"sealed_through"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "epoch", b"epoch", "generation", b"generation", "plans", b"plans", "reset", b"reset", "sealed_through", b"sealed_through"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -421,6 +429,9 @@ class EnlistRequest(_message.Message):
     MANAGED_FIELD_NUMBER: _builtins.int
     STARTING_FIELD_NUMBER: _builtins.int
     HEARD_EPOCH_FIELD_NUMBER: _builtins.int
+    ANSWERED_FIELD_NUMBER: _builtins.int
+    SEALED_THROUGH_FIELD_NUMBER: _builtins.int
+    ALONE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     worker_id: _builtins.str
     endpoint: _builtins.str
@@ -442,9 +453,17 @@ class EnlistRequest(_message.Message):
     starting: _builtins.bool
     """it cannot serve yet: give it no lanes"""
     heard_epoch: _builtins.int
-    """of the controller whose plans it has; 0: it does not say"""
+    """of the controller that it heard last; 0: it does not say"""
+    answered: _builtins.int
+    """the newest question of that controller that it had heard; 0: none"""
+    sealed_through: _builtins.int
+    """last seal that it has heard of in `generation`; -1: none"""
     @_builtins.property
     def quarantines(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Quarantine]: ...
+    @_builtins.property
+    def alone(self) -> _containers.RepeatedCompositeFieldContainer[Global___AloneSteps]:
+        """of `generation`, lane by lane in the order of steps"""
+
     def __init__(
         self,
         *,
@@ -465,14 +484,48 @@ class EnlistRequest(_message.Message):
         managed: _builtins.bool = ...,
         starting: _builtins.bool = ...,
         heard_epoch: _builtins.int = ...,
+        answered: _builtins.int = ...,
+        sealed_through: _builtins.int = ...,
+        alone: _abc.Iterable[Global___AloneSteps] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "capacity_lanes", b"capacity_lanes", "composed_through", b"composed_through", "degraded_steps", b"degraded_steps", "endpoint", b"endpoint", "generation", b"generation", "heard_epoch", b"heard_epoch", "leaving", b"leaving", "managed", b"managed", "needed_step", b"needed_step", "pid", b"pid", "quarantines", b"quarantines", "run_id", b"run_id", "sequences_served", b"sequences_served", "stall_s", b"stall_s", "starting", b"starting", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "answered", b"answered", "cache_bytes", b"cache_bytes", "capacity_lanes", b"capacity_lanes", "composed_through", b"composed_through", "degraded_steps", b"degraded_steps", "endpoint", b"endpoint", "generation", b"generation", "heard_epoch", b"heard_epoch", "leaving", b"leaving", "managed", b"managed", "needed_step", b"needed_step", "pid", b"pid", "quarantines", b"quarantines", "run_id", b"run_id", "sealed_through", b"sealed_through", "sequences_served", b"sequences_served", "stall_s", b"stall_s", "starting", b"starting", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EnlistRequest: _TypeAlias = EnlistRequest  # noqa: Y015
+
+@_typing.final
+class AloneSteps(_message.Message):
+    """Steps that a worker composed without their seal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_STEP_FIELD_NUMBER: _builtins.int
+    LAST_STEP_FIELD_NUMBER: _builtins.int
+    PLAN_VERSION_FIELD_NUMBER: _builtins.int
+    LANES_FIELD_NUMBER: _builtins.int
+    first_step: _builtins.int
+    last_step: _builtins.int
+    plan_version: _builtins.int
+    @_builtins.property
+    def lanes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        first_step: _builtins.int = ...,
+        last_step: _builtins.int = ...,
+        plan_version: _builtins.int = ...,
+        lanes: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_step", b"first_step", "lanes", b"lanes", "last_step", b"last_step", "plan_version", b"plan_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AloneSteps: _TypeAlias = AloneSteps  # noqa: Y015
 
 @_typing.final
 class EnlistResponse(_message.Message):

@@ -40,9 +40,13 @@ class _Board(PlanBoard):
         sealed_through: int,
         generation: int = 1,
         reset: bool = False,
+        epoch: int = 0,
+        asked: int = 0,
     ) -> None:
         self.hear(
             PlanEvent(
+                epoch=epoch,
+                asked=asked,
                 generation=Generation(generation),
                 plans=tuple(plans),  # type: ignore[arg-type]
                 sealed_through=sealed_through,
@@ -58,6 +62,7 @@ class _Board(PlanBoard):
         generation: int = 1,
         credits: int = 1,
         most_steps: int = 1,
+        lanes: Sequence[int] = (),
     ) -> Turn:
         """Return the turn of a step that may be composed now."""
         found = self.wait_turn(
@@ -65,6 +70,7 @@ class _Board(PlanBoard):
             Generation(generation),
             may_send=lambda: credits,
             needed_step=lambda: needed_step,
+            lanes=[Lane(lane) for lane in lanes],
             most_steps=most_steps,
         )
         assert found is not None
@@ -281,3 +287,52 @@ def test_what_a_controller_says_whose_place_another_has_taken_is_ignored() -> No
         PlanEvent(generation=Generation(2), plans=PLANS[:1], sealed_through=8, reset=True, epoch=1)
     )
     assert (board.generation, board.sealed_through) == (1, 4)
+
+
+def _gone_alone() -> _Board:
+    """Return a board that gave one stream steps 4 to 6 without a seal, under plan 1."""
+    board = _begun(3)
+    board.clock = 10.0
+    for step in (4, 5, 6):
+        assert board.turn(step, needed_step=step, lanes=[0]).degraded
+    return board
+
+
+def test_a_step_composed_alone_is_the_same_for_every_stream_whatever_is_heard_meanwhile() -> None:
+    board = _gone_alone()
+    first = board.turn(5, needed_step=5, lanes=[0])
+    board.say(PLANS[1:], sealed_through=9)
+    again = board.turn(5, lanes=[1])
+    assert (again.plan_version, again.degraded) == (1, True)
+    np.testing.assert_array_equal(again.counts, first.counts)
+    late = board.turn(3, lanes=[1], credits=9, most_steps=9)
+    assert len(late.counts) == 1, "sealed steps end where those composed alone begin"
+    assert (board.turn(7).plan_version, board.turn(7).degraded) == (2, False)
+    counts = np.sum([board.turn(step).counts[0] for step in (4, 5, 6)], axis=0)
+    wound = sum(board.lane_totals({Lane(lane): Step(4) for lane in range(4)}, Step(7)).values())
+    np.testing.assert_array_equal(wound, counts)
+
+
+def test_a_worker_says_what_each_lane_got_alone_and_with_which_plan() -> None:
+    board = _gone_alone()
+    board.turn(4, lanes=[1])
+    board.say(PLANS[1:], sealed_through=8)
+    board.clock = 20.0
+    for lane in (0, 1):
+        board.turn(9, needed_step=9, lanes=[lane])
+    said = [
+        (each.first_step, each.last_step, each.plan_version, each.lanes) for each in board.alone
+    ]
+    assert said == [(4, 4, 1, (1,)), (4, 6, 1, (0,)), (9, 9, 2, (0, 1))]
+    board.say(PLANS, sealed_through=9, generation=2, reset=True)
+    assert board.alone == ()
+
+
+def test_a_worker_that_is_asked_goes_alone_no_further_for_a_while_and_says_that_it_heard() -> None:
+    board = _begun(3)
+    board.clock = 10.0
+    board.say(sealed_through=-1, epoch=4, asked=7)
+    assert (board.epoch, board.answered, board.sealed_through) == (4, 7, 3)
+    assert board.would_wait(4, needed_step=4)
+    board.say(sealed_through=-1, epoch=5, asked=2)
+    assert board.answered == 2, "another controller counts its own questions"
