@@ -195,6 +195,7 @@ class StepCloser:
             observation = add_up(
                 reports, state.spec, step=step, planned=planned, world_size=group.world_size
             )
+        state.confirm(step, {report.plan_version for report in reports})
         hands.metrics.step_closed(observation, reports)
         row = StepRow(group, observation, reports, lag=state.spec.lag)
         if step <= state.observed_through or self.is_drained:

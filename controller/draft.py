@@ -16,12 +16,17 @@ class Draft:
     Steps that are closed together are committed together: one seal, one write to the disk.
     """
 
-    def __init__(self, book: PlanBook, *, sealed_through: int, observed_through: int) -> None:
+    def __init__(
+        self, book: PlanBook, *, sealed_through: int, observed_through: int, newest_version: int
+    ) -> None:
         self.book = book
         """The run's own, until there is a plan that the run does not have yet."""
 
         self.sealed_through = sealed_through
         self.observed_through = observed_through
+        self.newest_version = newest_version
+        """The highest number that a plan ever had."""
+
         self.entries: list[Entry] = []
         self._sealed_before = sealed_through
         self._is_copy = False
@@ -53,8 +58,9 @@ class Draft:
     def _add(self, mixture: Mixture, first_step: Step, reasons: Sequence[str]) -> None:
         if not self._is_copy:
             self.book, self._is_copy = self.book.copy(), True
+        self.newest_version += 1
         plan = Plan(
-            version=self.book.newest.version + 1,
+            version=self.newest_version,
             first_step=first_step,
             mixture=mixture,
             carry_q32=tuple(self.book.carry(first_step).tolist()),

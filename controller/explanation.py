@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from controller.history import read_amendments
 from controller.ledger import read_rows, reading_ledger
 from controller.ledger_schema import Kind, Row, plan_of, step_record_of
+from controller.ledger_view import LedgerView
 from controller.observation import StepObservation
 from protos.errors import ConfigError
 from protos.types import SHARE_ONE
@@ -28,9 +30,9 @@ def explain_step(path: Path, step: int) -> dict[str, Any]:
             raise ConfigError(f"{path} knows nothing of step {step}{_known(database)}")
         run = next(read_rows(database, Kind.RUN, newest_first=True))
         target = row.body["proposed_step"]
-        plan = next(
-            read_rows(database, Kind.PLAN, max_step=max(target, step), newest_first=True), None
-        )
+        amendments = read_amendments(LedgerView(database))
+        plans = read_rows(database, Kind.PLAN, max_step=max(target, step), newest_first=True)
+        plan = next((row for row in plans if amendments.holds(row)), None)
         shadow = next(_rows_of(database, Kind.SHADOW, step), None)
     domains: Sequence[str] = run.body["domains"]
     proposal = row.body.get("proposal")

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
+from controller.amends import Amendments, split_of
 from controller.ledger import Ledger
 from controller.ledger_schema import (
     CARRY_EVERY,
@@ -26,11 +28,11 @@ from controller.ledger_schema import (
 from controller.membership import Membership
 from controller.metrics import Totals
 from protos.apportion import no_carry
-from protos.errors import ConfigError
+from protos.errors import ConfigError, Disagreement
 from protos.failpoints import DurableWrite
 from protos.planbook import PlanBook
 from protos.spec import RunSpec
-from protos.types import Cursors, Lane, Mixture, Places, Plan, Quarantine, Step
+from protos.types import AloneSteps, Cursors, Lane, Mixture, Places, Plan, Quarantine, Step
 
 _START = DurableWrite("ledger.run", "the start of a controller is committed")
 
@@ -90,6 +92,15 @@ class History:
     wanted_workers: int = 0
     """How many loader workers were wanted last; 0: nobody has said."""
 
+    newest_version: int = 1
+    """The highest number that a plan ever had, void or not."""
+
+    confirmed_through: int = -1
+    """Last step of that membership that ranks reported with the plan that it has here."""
+
+    splits: tuple[AloneSteps, ...] = ()
+    """What lanes of that membership had of their own; see `controller.amends`."""
+
     snapshots: list[tuple[Step, Path]] = field(default_factory=list)
     """Newest first: the step after which the policy was saved, and where."""
 
@@ -145,7 +156,10 @@ def read_history(ledger: Ledger, spec: RunSpec) -> History:
         shares = control.body["override_q32"]
         steering.override = None if shares is None else Mixture(tuple(shares))
         steering.frozen = control.body["frozen"]
-    wanted = ledger.newest(Kind.WORKERS)
+    wanted, newest_plan = ledger.newest(Kind.WORKERS), ledger.newest(Kind.PLAN)
+    splits: list[AloneSteps] = []
+    if membership is not None:
+        splits = read_amendments(ledger).splits_of(membership.generation)
     return History(
         book=book_from(ledger, floor_of(cursors, sealed_through), spec),
         observed_through=seal.body["observed_through"] if seal is not None else -1,
@@ -158,11 +172,25 @@ def read_history(ledger: Ledger, spec: RunSpec) -> History:
         quarantines=tuple(quarantine_of(row) for row in ledger.rows(Kind.QUARANTINE)),
         workers=_enlisted(ledger),
         wanted_workers=wanted.body["wanted"] if wanted is not None else 0,
+        newest_version=newest_plan.body["version"] if newest_plan is not None else 1,
+        confirmed_through=_confirmed_through(ledger, membership),
+        splits=tuple(splits),
         snapshots=[
             (Step(row.step), Path(row.body["path"]))
             for row in ledger.rows(Kind.SNAPSHOT, newest_first=True)
         ],
     )
+
+
+def _confirmed_through(ledger: Ledger, membership: Membership | None) -> int:
+    """Return the newest step's number if ranks had its plan; -1: they had not, or it is old."""
+    row = ledger.newest(Kind.STEP)
+    if row is None or membership is None or row.body["generation"] != membership.generation:
+        return -1
+    amendments = read_amendments(ledger)
+    began = ledger.rows(Kind.PLAN, max_step=row.step, newest_first=True)
+    plan = next(each for each in began if amendments.holds(each))
+    return row.step if plan.body["version"] in row.body["executed_plan_versions"] else -1
 
 
 def _enlisted(ledger: Ledger) -> frozenset[str]:
@@ -185,21 +213,33 @@ def floor_of(cursors: LaneCursors, sealed_through: int) -> Step:
     return Step(max(min(hindmost, sealed_through), 0))
 
 
-def book_from(
-    ledger: LedgerRows, step: Step, spec: RunSpec, *, through: Step | None = None
-) -> PlanBook:
-    """Return the plans in force from `step` on, beginning at most `CARRY_EVERY` steps before it.
+def read_amendments(ledger: LedgerRows, *, as_of: int | None = None) -> Amendments:
+    """Return what holds instead of plans that nobody followed; see `Amendments`."""
+    return Amendments(ledger.rows(Kind.AMEND, Kind.GENERATION), as_of=as_of)
 
-    Plans that begin after `through` are left out.
+
+def book_from(
+    ledger: LedgerRows,
+    step: Step,
+    spec: RunSpec,
+    *,
+    through: Step | None = None,
+    as_of: int | None = None,
+) -> PlanBook:
+    """Return the plans in force from `step` on, beginning a few steps before it.
+
+    At most `CARRY_EVERY` steps, but for plans that were found void. Plans that begin after
+    `through` are left out, and so is what came after the ledger's row `as_of`.
     """
+    amendments = read_amendments(ledger, as_of=as_of)
     start, carry = Step(0), None
     for row in ledger.rows(Kind.SEAL, max_step=step - 1, newest_first=True):
-        if "carry_q32" in row.body:
+        if "carry_q32" in row.body and amendments.holds(row):
             start, carry = Step(row.step + 1), row.body["carry_q32"]
             break
     book = PlanBook(global_sequences=spec.global_sequences)
-    in_force = next(ledger.rows(Kind.PLAN, max_step=start, newest_first=True))
-    plan = plan_of(in_force)
+    began = ledger.rows(Kind.PLAN, max_step=start, newest_first=True)
+    plan = plan_of(next(row for row in began if amendments.holds(row)))
     if carry is not None:
         plan = Plan(
             version=plan.version,
@@ -209,8 +249,57 @@ def book_from(
         )
     book.add(plan)
     for row in ledger.rows(Kind.PLAN, min_step=start + 1, max_step=through):
-        book.add(plan_of(row))
+        if amendments.holds(row):
+            book.add(plan_of(row))
     return book
+
+
+def counts_of_their_own(
+    ledger: LedgerRows, spec: RunSpec, *, first: int = 0, last: int | None = None
+) -> dict[int, dict[Lane, NDArray[np.int64]]]:
+    """Return, by step and lane, the [domains] counts of what lanes had other plans for than all.
+
+    They are counts of a global batch: a lane had its part of that one. Steps from `first` through
+    `last` (None: all); see `controller.amends`.
+    """
+    amendments = read_amendments(ledger)
+    counts: dict[int, dict[Lane, NDArray[np.int64]]] = {}
+    for row in ledger.rows(Kind.AMEND):
+        split = split_of(row)
+        if split is None:
+            continue
+        end = split.last_step if last is None else min(split.last_step, last)
+        steps = range(max(split.first_step, first), end + 1)
+        if not steps:
+            continue
+        plans = ledger.rows(Kind.PLAN, newest_first=True)
+        written = next(each.seq for each in plans if each.body["version"] == split.plan_version)
+        # As those had them who had heard of no later plan.
+        book = book_from(ledger, Step(steps.start), spec, as_of=written)
+        for step in steps:
+            for lane in split.lanes:
+                if amendments.version_of(Step(step), lane) == split.plan_version:
+                    counts.setdefault(step, {})[lane] = book.counts(Step(step))
+    return counts
+
+
+def check_wound(ledger: LedgerRows, cursor_steps: Mapping[Lane, Step], first_step: Step) -> None:
+    """Refuse to wind a lane over steps in which it had a plan of its own, which workers know not.
+
+    Raises:
+        Disagreement: a lane would be.
+    """
+    amendments = read_amendments(ledger)
+    if not amendments.has_own:
+        return
+    for lane, known in cursor_steps.items():
+        step = amendments.first_of_its_own(lane, range(known, first_step))
+        if step is not None:
+            raise Disagreement(
+                f"the ranks resume at step {first_step}, but lane {lane} is known at step {known} "
+                f"only, and in step {step} it had another plan than the other lanes; resume from a "
+                "checkpoint that holds the lane's cursor, or from one before that step"
+            )
 
 
 def plan_from(book: PlanBook, step: Step) -> Plan:

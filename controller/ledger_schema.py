@@ -61,6 +61,7 @@ class Kind(enum.Enum):
     GENERATION = "generation"  # a membership of ranks begins at `step`
     FORK = "fork"  # it begins before steps that were trained already
     PLAN = "plan"  # a mixture that holds from `step` on
+    AMEND = "amend"  # workers went on with an older plan from `step` on than the ledger has there
     SEAL = "seal"  # the plans of all steps up to `step` are final
     STEP = "step"  # what the ranks reported of `step`, and what was decided
     SHADOW = "shadow"  # what shadow policies proposed after `step`

@@ -14,6 +14,8 @@ can begin while the policy thinks.
 
 While the ledger cannot be written nothing is decided: reports are kept, workers hear nothing and go
 on with the last plan (`is_silent`). Once it can, they are told anew and asked how far they went.
+
+What workers composed alone meanwhile they say before anything is decided (`controller.settling`).
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from controller.membership import Gathering, Membership, joined_cursors
 from controller.patience import Patience
 from controller.saving import Saving
 from controller.scribe import Scribe
+from controller.settling import Settling
 from controller.snapshots import SavePace
 from controller.state import RunState
 from controller.threads import Signal
@@ -75,8 +78,6 @@ class ControlLoop:
         self._hands = hands
         self._pace = pace
         self._now = now
-        # Ranks may have gone on while there was no controller: how far is for workers to say.
-        self._must_settle = state.membership is not None
         self.scribe = Scribe(hands.ledger, hands.ledger_thread, now=now)
         self._patience = Patience(hands.workers, grace_s=pace.report_grace_s, now=now)
         self._saving = Saving(
@@ -94,6 +95,10 @@ class ControlLoop:
             now=now,
         )
         self._closer.steering = steering
+        # Ranks may have gone on while there was no controller: how far is for workers to say.
+        self.settling = Settling(
+            state, hands.workers, self.scribe, changed=self._closer.changed, now=now
+        )
         self._writing = self._closer.writing
         self._stirred = Signal()
         self._turn = asyncio.Lock()
@@ -131,6 +136,11 @@ class ControlLoop:
     def is_silent(self) -> bool:
         """Whether nothing can be decided, so that workers must not wait for it."""
         return bool(self.scribe.fault)
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether no worker may be told of plans now."""
+        return self.is_silent or self.settling.is_amending
 
     def stir(self) -> None:
         """Have the loop look again at whether there is something to do."""
@@ -200,7 +210,7 @@ class ControlLoop:
         async with self._writing:
             mended = await self.scribe.mend()
         if mended:
-            self._must_settle = self.state.membership is not None
+            self.settling.fall_due()
             self._hands.workers.forget_told()
             self.changed.notify()
         return mended
@@ -210,7 +220,7 @@ class ControlLoop:
         self._lose_workers()
         async with self._turn:
             group = self.state.group
-            if group is None or not self._may_decide():
+            if group is None or not await self.settling.settle(self._writing):
                 return False
             return await self._closer.close_next(group)
 
@@ -228,11 +238,15 @@ class ControlLoop:
         """
         state, hands = self.state, self._hands
         self._check_writable()
+        await self.settling.wait_for_answers()
         async with self._writing:
             self._check_writable()
+            if self.settling.is_due:
+                await self.settling.amend()
             first, spec = gathering.first_step, state.spec
             known = await hands.ledger_thread.call(past.cursors_before, hands.ledger, first, spec)
             cursors, cursor_steps = joined_cursors(gathering, known, spec)
+            await hands.ledger_thread.call(past.check_wound, hands.ledger, cursor_steps, first)
             membership = state.next_membership(
                 world_size=gathering.world_size,
                 first_step=first,
@@ -253,7 +267,7 @@ class ControlLoop:
                 book = await hands.ledger_thread.call(past.book_from, hands.ledger, floor, spec)
             state.begun(membership, book)
             state.trained_through = first - 1
-            self._must_settle = False
+            self.settling.is_due = False
             self._patience.begin_anew()
         BROADCAST.hit()
         self.changed.notify()
@@ -335,11 +349,6 @@ class ControlLoop:
         if self.scribe.noted and not self.is_silent:
             async with self._writing:
                 await self.scribe.commit([], _NOTES)
-
-    def _may_decide(self) -> bool:
-        if self._must_settle and self._hands.workers.are_settled():
-            self._must_settle = False
-        return not self._must_settle
 
     async def _commit_now(self, entries: Sequence[Entry], write: DurableWrite) -> None:
         """Commit what somebody waits for, who may ask again if it cannot be written."""

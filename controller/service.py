@@ -18,7 +18,7 @@ from controller.metrics import Metrics
 from controller.policy_runner import PolicyRunner
 from controller.scrape import families
 from controller.shadows import Shadows
-from controller.state import Told
+from controller.telling import BEAT_S, Teller
 from controller.workers import Workers
 from protos.errors import (
     ConfigError,
@@ -49,16 +49,12 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-BEAT_S = 1.0
-"""How often workers hear that the controller is alive."""
-
 FIRST_BEAT_TIMEOUT_S = 10.0
 """How long a worker that opens a stream may take to say who it is."""
 
 _REPLY = Failpoint("reply.report", "after a report is taken in, before it is answered")
 _JOIN_REPLY = Failpoint("reply.join", "after a generation has begun, before a rank hears of it")
 _ADMIN_REPLY = Failpoint("reply.admin", "after an order is carried out, before it is answered")
-_TOLD = Failpoint("plans.told", "after a worker was told of plans, before the next one is")
 
 _STOPS = "the controller stops; join again when it is back"
 
@@ -86,9 +82,9 @@ class Service:
         self._bad_share = bad_share
         self._joining = Joining(loop, workers)
         self._streams: dict[str, object] = {}
-        self._watching: dict[str, object] = {}
         self._working: set[asyncio.Task[Any]] = set()
         self._stopping = asyncio.Event()
+        self._teller = Teller(loop, workers, stopping=self._stopping)
         self._failure: HeadraceError | None = bad_share.add(workers.quarantines)
 
     def stop(self) -> None:
@@ -139,32 +135,9 @@ class Service:
 
     # For loader workers.
 
-    async def watch_plans(self, worker_id: str) -> AsyncIterator[PlanEvent]:
+    def watch_plans(self, worker_id: str, *, answers: bool = False) -> AsyncIterator[PlanEvent]:
         """See `ControlService.watch_plans`."""
-        told: Told | None = None
-        changed, scribe = self._loop.changed, self._loop.scribe
-        stream = self._watching[worker_id] = object()
-        num_faults = scribe.num_faults
-        try:
-            while not self._stopping.is_set():
-                seen = changed.count
-                if told is not None and self._loop.is_silent:
-                    # Hearing nothing, the worker goes on with the last plan in a while.
-                    await changed.wait_beyond(seen, BEAT_S)
-                    continue
-                if num_faults != scribe.num_faults:
-                    num_faults, told = scribe.num_faults, None
-                event, told = self._loop.state.next_event(told)
-                yield replace(event, epoch=self._loop.epoch)
-                _TOLD.hit()
-                if event.reset and self._watching.get(worker_id) is stream:
-                    self._workers.told_plans(worker_id)
-                await changed.wait_beyond(seen, BEAT_S)
-        finally:
-            # A worker that has opened a newer stream has heard the plans over that one.
-            if self._watching.get(worker_id) is stream:
-                del self._watching[worker_id]
-                self._workers.tells_no_more(worker_id)
+        return self._teller.watch(worker_id, answers=answers)
 
     async def enlist(
         self, beats: AsyncIterator[WorkerBeat]
@@ -219,7 +192,12 @@ class Service:
 
     def _take(self, beat: WorkerBeat) -> None:
         degraded, were_served = self._workers.num_degraded, self._workers.serve_all_lanes
+        had_answered = self._workers.has_answered(beat.worker_id)
+        self._loop.settling.check(beat)
         is_new = self._workers.beat(beat)
+        if not had_answered and self._workers.has_answered(beat.worker_id):
+            self._loop.stir()
+            self._loop.changed.notify()
         fresh = self._workers.quarantine(beat.quarantines)
         self._loop.note(*(quarantine_entry(item, worker_id=beat.worker_id) for item in fresh))
         if fresh:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from controller import history as past
 from controller.aggregate import Aggregator
+from controller.amends import Amendment, amend
 from controller.draft import Draft
 from controller.history import History, LaneCursors
 from controller.ledger_schema import CARRY_EVERY
@@ -14,7 +15,7 @@ from controller.membership import Membership
 from protos.errors import Disagreement
 from protos.planbook import PlanBook
 from protos.spec import RunSpec
-from protos.types import Cursors, Generation, Lane, Plan, PlanEvent, Rank, Step
+from protos.types import AloneSteps, Cursors, Generation, Lane, Plan, PlanEvent, Rank, Step
 
 NO_GENERATION = Generation(0)
 
@@ -43,6 +44,16 @@ class RunState:
 
         self.cursors: LaneCursors = history.cursors
         self.book: PlanBook = history.book
+        self.newest_version = history.newest_version
+        """The highest number that a plan of the run ever had."""
+
+        self.split_through: dict[Lane, int] = {}
+        """Through which step it is recorded that a lane of this generation had its own plan."""
+
+        self.confirmed_through = history.confirmed_through
+        """Last step that a rank has reported with the plan that it has in the ledger."""
+
+        self._note_splits(history.splits)
         self.group: Aggregator | None = None
         """The reports of the generation."""
 
@@ -84,7 +95,10 @@ class RunState:
             observed_through: count the steps up to this one as decided upon.
         """
         draft = Draft(
-            self.book, sealed_through=self.sealed_through, observed_through=self.observed_through
+            self.book,
+            sealed_through=self.sealed_through,
+            observed_through=self.observed_through,
+            newest_version=self.newest_version,
         )
         draft.sealed_through = max(draft.sealed_through, through)
         draft.observe(observed_through)
@@ -92,11 +106,41 @@ class RunState:
 
     def sealed(self, draft: Draft) -> None:
         """Go on to what has been committed."""
-        self.book = draft.book
+        self.book, self.newest_version = draft.book, draft.newest_version
         if draft.sealed_through // CARRY_EVERY > self.sealed_through // CARRY_EVERY:
             self.book.forget_before(self.floor)
         self.sealed_through = draft.sealed_through
         self.observed_through = draft.observed_through
+
+    def amendment(self, alone: Iterable[AloneSteps], *, heard_through: int) -> Amendment:
+        """Hold what workers composed alone against the plans; see `controller.amends.amend`."""
+        # Workers that are gone heard of a plan, too, where ranks or other lanes had it.
+        heard_through = max(heard_through, self.confirmed_through, *self.split_through.values(), -1)
+        return amend(
+            self.book,
+            alone,
+            generation=self.generation,
+            heard_through=heard_through,
+            sealed_through=self.sealed_through,
+            newest_version=self.newest_version,
+            split_through=self.split_through,
+        )
+
+    def amended(self, amendment: Amendment) -> None:
+        """Go on to what has been committed."""
+        self.book = amendment.book
+        self.newest_version = max(self.newest_version, self.book.newest.version)
+        self._note_splits(amendment.splits)
+
+    def confirm(self, step: Step, versions: Iterable[int]) -> None:
+        """Take in with which plans ranks trained a step."""
+        if self.book.plan_at(step).version in versions:
+            self.confirmed_through = max(self.confirmed_through, step)
+
+    def _note_splits(self, splits: Iterable[AloneSteps]) -> None:
+        for split in splits:
+            for lane in split.lanes:
+                self.split_through[lane] = max(self.split_through.get(lane, -1), split.last_step)
 
     def next_membership(
         self,
@@ -132,6 +176,8 @@ class RunState:
         """Go on with a generation that has begun."""
         self.membership = membership
         self.book = book
+        self.split_through = {}
+        self.confirmed_through = -1
         self.cursors = {
             lane: (membership.cursor_steps[lane], places)
             for lane, places in membership.cursors.items()

@@ -6,12 +6,13 @@ import enum
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from controller.asking import Questions, check_steps
 from controller.lanes import LaneTable, Standing
 from controller.ledger_schema import Entry, event_entry
 from protos.errors import InvalidMessage, WrongRun
 from protos.spec import RunSpec
 from protos.status import WorkerStatus
-from protos.types import Generation, LaneEndpoint, Quarantine, WorkerBeat
+from protos.types import AloneSteps, Generation, LaneEndpoint, Quarantine, WorkerBeat
 
 MAX_REASON_LENGTH = 500
 """A longer reason for a quarantine is cut."""
@@ -27,9 +28,6 @@ class Presence(enum.Enum):
     ABSENT = "absent"  # its stream broke a moment ago; it keeps its lanes
     LOST = "lost"
 
-
-MAX_STEPS_BEYOND_END = 100_000
-"""How far beyond a run's last step a worker may have composed, or be asked to."""
 
 MAX_COUNTED = (1 << 63) - 1
 """Where counting ends: what is told of it must fit a message."""
@@ -85,6 +83,12 @@ class Workers:
         self._events: list[Entry] = []
         self._workers: dict[str, _Worker] = {}
         self._beats_since_plans: dict[str, int] = {}
+        self.questions = Questions()
+        """How far has each gone alone?"""
+
+        self.num_alone = 0
+        """Grows whenever a worker says otherwise what it composed alone."""
+
         self._quarantined: dict[tuple[str, str, int], Quarantine] = {}
 
     def beat(self, beat: WorkerBeat) -> bool:
@@ -101,17 +105,13 @@ class Workers:
             )
         if not beat.worker_id or not beat.endpoint:
             raise InvalidMessage("a worker's beat must hold its worker_id and its endpoint")
-        for name in ("needed_step", "composed_through"):
-            last = self._spec.num_steps + MAX_STEPS_BEYOND_END
-            if not -1 <= getattr(beat, name) <= last:
-                raise InvalidMessage(
-                    f"worker {beat.worker_id[:100]!r} says {name} = {getattr(beat, name)}, the run "
-                    f"has {self._spec.num_steps} steps"
-                )
+        check_steps(beat, self._spec)
         self._expected.discard(beat.worker_id)
         known = self._workers.get(beat.worker_id)
         if beat.worker_id in self._beats_since_plans:
             self._beats_since_plans[beat.worker_id] += 1
+        if beat.alone and (known is None or known.beat.alone != beat.alone):
+            self.num_alone += 1
         if known is None:
             self._workers[beat.worker_id] = _Worker(
                 beat=beat, heard_s=self._now(), num_degraded=beat.degraded_steps
@@ -135,6 +135,37 @@ class Workers:
         """Note that a worker has been told the plans, over a new stream."""
         self._beats_since_plans[worker_id] = 0
 
+    def has_answered(self, worker_id: str) -> bool:
+        """Say whether a worker's last beat was sent after it had heard the question to it."""
+        worker = self._workers.get(worker_id)
+        return worker is not None and self.questions.has_answered(worker.beat, epoch=self.epoch)
+
+    def heard_through(self, generation: Generation) -> int:
+        """Return the last seal of a generation that a worker may have heard of; -1: none."""
+        said = [
+            worker.beat.sealed_through
+            for worker in self._workers.values()
+            if worker.beat.generation == generation
+        ]
+        return max([*said, self.questions.told_through()])
+
+    def alone(self, generation: Generation) -> tuple[AloneSteps, ...]:
+        """Return what workers composed in a generation without a seal."""
+        return tuple(
+            each
+            for worker in self._workers.values()
+            if worker.beat.generation == generation
+            for each in worker.beat.alone
+        )
+
+    @property
+    def owe_answers(self) -> bool:
+        """Whether a worker was asked how far it went alone and has not said."""
+        return any(
+            self.questions.were_put_to(name) and not self.has_answered(name)
+            for name, _ in self._alive()
+        )
+
     def expect(self, names: Iterable[str]) -> None:
         """Give workers that were there before a while to come back: they may have gone on alone."""
         self._expected = set(names)
@@ -144,10 +175,12 @@ class Workers:
         """Have all workers count as not told: they are told all plans anew."""
         self._beats_since_plans.clear()
         self._may_be_old = True
+        self.questions.ask_all_anew()
 
     def tells_no_more(self, worker_id: str) -> None:
         """Note that the stream of plans to a worker has ended."""
         self._beats_since_plans.pop(worker_id, None)
+        self.questions.ask_anew(worker_id)
 
     def stream_ended(self, worker_id: str) -> bool:
         """Note that a worker's stream broke; return True if the worker had wanted to go."""
@@ -273,17 +306,21 @@ class Workers:
     def are_settled(self) -> bool:
         """Say whether all lanes have workers that have heard the plans, and said where they are.
 
-        A worker that has just been told the plans goes on with its own no more. A beat says whose
-        plans its worker has; where it does not, or may be older than what was told, only the second
-        beat after that was surely sent with the plans at hand.
+        A worker that has just heard the controller goes on alone no more. One that was asked has
+        said so once it has answered. Of others a beat says whom they heard last; where it does not,
+        or may be older, only the second beat after the plans was surely sent with them at hand.
         """
         if self._expected and self._now() < self._expected_until_s:
             return False
         return self._table.is_complete and all(
-            self._has_heard(name, worker) for name, worker in self._alive()
+            # Who cannot serve yet has composed nothing.
+            worker.beat.starting or self._has_heard(name, worker)
+            for name, worker in self._alive()
         )
 
     def _has_heard(self, name: str, worker: _Worker) -> bool:
+        if self.questions.were_put_to(name):
+            return self.has_answered(name)
         told = 0 < self.epoch == worker.beat.heard_epoch and not self._may_be_old
         return told or self._beats_since_plans.get(name, 0) >= 2
 

@@ -7,9 +7,12 @@ shards, and the trainers' own logs say what did come.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from deploy.history import Delivery, History
 from protos.planbook import PlanBook
@@ -146,9 +149,17 @@ class Obedience:
 
 
 def check_plans(
-    history: History, plans: Iterable[Plan], *, domains: Sequence[str], global_sequences: int
+    history: History,
+    plans: Iterable[Plan],
+    *,
+    domains: Sequence[str],
+    global_sequences: int,
+    counts_of: Callable[[PlanBook, Step], NDArray[np.int64]] = PlanBook.counts,
 ) -> Obedience:
-    """Hold each step's counts against the plan that was in force."""
+    """Hold each step's counts against the plan that was in force.
+
+    `counts_of` says what [domains] counts a step has under the plans.
+    """
     book = PlanBook(global_sequences=global_sequences)
     for plan in plans:
         book.add(plan)
@@ -159,7 +170,7 @@ def check_plans(
     max_error = 0.0
     for step in sorted(history.steps):
         came = Counter(delivery.domain for delivery in history.steps[step])
-        counts = dict(zip(domains, book.counts(Step(step)).tolist(), strict=True))
+        counts = dict(zip(domains, counts_of(book, Step(step)).tolist(), strict=True))
         plan = book.plan_at(Step(step))
         versions.add(plan.version)
         if came != Counter(counts):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from controller.amends import Amendments
 from controller.history import newest_line
 from controller.ledger import read_rows, reading_ledger, verify
 from controller.ledger_schema import Kind, Row, StepRecord, plan_of, quarantine_of, step_record_of
@@ -36,6 +37,8 @@ class RunRecord:
     """Of all that the order of the data hangs on; empty: the ledger names no run."""
 
     plans: tuple[Plan, ...]
+    """Those that hold; see `controller.amends`."""
+
     steps: Mapping[int, StepRecord]
     bodies: Mapping[int, Mapping[str, Any]]
     """What the ledger says of each step beside the observation: times, decision, and so on."""
@@ -82,6 +85,8 @@ def read_record(path: Path) -> RunRecord:
         num_rows, _ = verify(database, path)
         rows = list(read_rows(database))
     steps = newest_line(rows)
+    amendments = Amendments(rows)
+    plans = [plan_of(row) for row in _of(rows, Kind.PLAN) if amendments.holds(row)]
     quarantines = {quarantine_of(row) for row in rows if row.kind is Kind.QUARANTINE}
     times = [row.time_s for row in rows]
     runs = _of(rows, Kind.RUN)
@@ -89,7 +94,7 @@ def read_record(path: Path) -> RunRecord:
         num_rows=num_rows,
         settings=settings_of(runs[-1].body) if runs else {},
         order_sha256=str(runs[-1].body["order_sha256"]) if runs else "",
-        plans=tuple(sorted((plan_of(row) for row in _of(rows, Kind.PLAN)), key=_by_step)),
+        plans=tuple(sorted(plans, key=_by_step)),
         steps={step: step_record_of(row) for step, row in steps.items()},
         bodies={step: row.body for step, row in steps.items()},
         num_generations=len(_of(rows, Kind.GENERATION)),

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from controller.config import RunConfig, load_run_file, parse_run
+from controller.history import counts_of_their_own
+from controller.ledger import reading_ledger
+from controller.ledger_view import LedgerView
 from deploy.accounting import MAX_FAULTS_NAMED, Account, Obedience, account_for, check_plans
 from deploy.dataset import open_dataset
 from deploy.epochs import EpochAccount, ShardContents, account_for_epochs
@@ -24,7 +28,11 @@ from deploy.runfile import RUN_FILE
 from deploy.training import RECEIVED
 from deploy.whole_file import write_whole
 from protos.errors import IndexMismatch
+from protos.planbook import PlanBook
+from protos.slots import lane_counts
+from protos.spec import RunSpec
 from protos.status import RunStatus
+from protos.types import Step
 
 REPORT = "report.json"
 DIGESTS = "digests.jsonl"
@@ -85,9 +93,28 @@ def examine(out: Path) -> Findings:
             record.plans,
             domains=spec.domains,
             global_sequences=spec.global_sequences,
+            counts_of=_counts_of(ledger, spec),
         ),
         epochs=account_for_epochs(history, contents),
     )
+
+
+def _counts_of(ledger: Path, spec: RunSpec) -> Callable[[PlanBook, Step], NDArray[np.int64]]:
+    """Return what counts a step had, where some lanes had another plan than the rest, too."""
+    with reading_ledger(ledger) as database:
+        own = counts_of_their_own(LedgerView(database), spec)
+
+    def counts_of(book: PlanBook, step: Step) -> NDArray[np.int64]:
+        common = book.counts(step)
+        if step not in own:
+            return common
+        by_lane = lane_counts(common, lanes=spec.lanes, seed=spec.seed, step=step)
+        for lane, counts in own[step].items():
+            theirs = lane_counts(counts, lanes=spec.lanes, seed=spec.seed, step=step)
+            by_lane[lane] = theirs[lane]
+        return np.asarray(by_lane.sum(axis=0))
+
+    return counts_of
 
 
 def make_report(

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from controller.amends import Amendments
 from controller.ledger_schema import Kind, Row, cursors_of, plan_of
 from protos.types import SHARE_ONE
 
@@ -49,12 +50,17 @@ class Taker:
     """Gives each row of a ledger to the tables that are made of it."""
 
     def __init__(
-        self, sinks: Mapping[str, Sink], domains: Sequence[str], supersession: Supersession
+        self,
+        sinks: Mapping[str, Sink],
+        domains: Sequence[str],
+        supersession: Supersession,
+        amendments: Amendments,
     ) -> None:
         self._sinks = sinks
         self._domains = list(domains)
         self._every = np.arange(len(domains), dtype=np.int32)
         self._supersession = supersession
+        self._amendments = amendments
         self._has_domains = False
         self._takers: dict[Kind, Callable[[Row], None]] = {
             Kind.RUN: self._run,
@@ -149,7 +155,7 @@ class Taker:
         )
 
     def _plan(self, row: Row) -> None:
-        plan = plan_of(row)
+        plan, holds = plan_of(row), self._amendments.holds(row)
         shares = np.asarray(plan.mixture.shares_q32, np.int64)
         self._add(
             "plans",
@@ -162,6 +168,7 @@ class Taker:
             share_q32=shares,
             carry_q32=np.asarray(plan.carry_q32, np.int64),
             reason=row.body.get("reason"),
+            void=not holds,
         )
 
     def _seal(self, row: Row) -> None:

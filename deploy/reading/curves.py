@@ -143,7 +143,7 @@ def read_curves(path: Path, *, points: int = POINTS) -> Curves:
 
 _KINDS = (
     *(Kind.RUN, Kind.GENERATION, Kind.FORK, Kind.PLAN, Kind.STEP, Kind.SHADOW, Kind.SKIP),
-    *(Kind.CONTROL, Kind.WORKERS, Kind.QUARANTINE, Kind.EVENT),
+    *(Kind.AMEND, Kind.CONTROL, Kind.WORKERS, Kind.QUARANTINE, Kind.EVENT),
 )
 
 

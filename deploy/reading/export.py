@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from controller.history import read_amendments
 from controller.ledger import read_rows, reading_ledger, verify
 from controller.ledger_schema import Kind, Row
+from controller.ledger_view import LedgerView
 from deploy.reading.columns import Supersession, Taker
 from deploy.reading.tables import TABLES, Table
 from deploy.reading.writer import TableWriter
@@ -94,9 +96,10 @@ def export(
         if run is None:
             raise LedgerError(f"the ledger {path} names no run yet; start its controller first")
         supersession = Supersession(read_rows(database, Kind.FORK))
+        amendments = read_amendments(LedgerView(database))
         kinds = sorted({kind for table in tables for kind in table.sources}, key=_name)
         with _writers(partial, tables, run.body["domains"]) as writers:
-            taker = Taker(writers, run.body["domains"], supersession)
+            taker = Taker(writers, run.body["domains"], supersession, amendments)
             for row in _told(read_rows(database, *kinds), num_rows, progress):
                 taker.take(row)
     exported = Exported(

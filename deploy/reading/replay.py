@@ -17,7 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.config import RunConfig, load_run_file, parse_run
-from controller.history import LaneCursors, book_from, cursors_before
+from controller.history import (
+    LaneCursors,
+    book_from,
+    counts_of_their_own,
+    cursors_before,
+    read_amendments,
+)
 from controller.ledger import reading_ledger
 from controller.ledger_schema import Kind
 from controller.ledger_view import LedgerView
@@ -115,6 +121,7 @@ class Replay:
             self._known = cursors_before(view, Step(first), self.spec)
             floor = min((step for step, _ in self._whole(self._known).values()), default=Step(0))
             self._book = book_from(view, Step(floor), self.spec, through=Step(last))
+            self._own = counts_of_their_own(view, self.spec, first=floor, last=last)
             self.otherwise = _otherwise(view, self.steps, self._book)
             """Steps in which ranks say that they had another plan than the ledger's."""
         self._cache = cache
@@ -152,7 +159,7 @@ class Replay:
             composer.close()
 
     def _compose(self, composer: Composer, step: Step) -> ReplayedStep:
-        batches = composer.compose(step, self._book.counts(step))
+        batches = composer.compose(step, self._book.counts(step), own=self._own.get(step, {}))
         return ReplayedStep(
             step=step,
             plan_version=self._book.plan_at(step).version,
@@ -175,6 +182,9 @@ class Replay:
         for step in range(min(step for step, _ in known.values()), self.steps.start):
             counts = self._book.counts(Step(step))
             dealt = lane_counts(counts, lanes=spec.lanes, seed=spec.seed, step=Step(step))
+            for lane, own in self._own.get(step, {}).items():
+                theirs = lane_counts(own, lanes=spec.lanes, seed=spec.seed, step=Step(step))
+                dealt[lane] = theirs[lane]
             for lane, (begin, _) in known.items():
                 if begin <= step:
                     passed[lane] += dealt[lane]
@@ -201,11 +211,12 @@ def _check_order(view: LedgerView, spec: RunSpec, ledger: Path) -> None:
 
 
 def _otherwise(view: LedgerView, steps: range, book: PlanBook) -> list[int]:
-    found = set()
+    found, amendments = set(), read_amendments(view)
     for row in view.rows(Kind.STEP, min_step=steps.start, max_step=steps.stop - 1):
         versions: list[Any] = row.body.get("executed_plan_versions", [])
-        plan = book.plan_at(Step(row.step))
-        if any(version != plan.version for version in versions):
+        recorded = set(amendments.lanes_of_their_own(Step(row.step)).values())
+        recorded.add(book.plan_at(Step(row.step)).version)
+        if not recorded.issuperset(versions):
             found.add(row.step)
     return sorted(found)
 

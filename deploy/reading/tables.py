@@ -189,6 +189,7 @@ TABLES = (
             _column("share_q32", pa.int64(), "2^-32", "the same, exactly"),
             _column("carry_q32", pa.int64(), "2^-32 sequences", "rounding carried into it"),
             _column("reason", pa.string(), "", "why it differs from the plan before"),
+            _column("void", pa.bool_(), "", "no worker heard of it in time: another went on"),
         ),
     ),
     Table(

@@ -2,7 +2,8 @@
 
 Evidence: the ranks' delivery logs and event logs, the ledger, and the shards themselves.
 
-I2 agreement    every rank applied the same plan at a step, the one that the ledger has there
+I2 agreement    every rank applied the same plan at a step, the one that the ledger has there,
+                but for lanes of which the ledger says that they had one of their own
 I3 accounting   every slot of every trained step came once, with the tokens that the shards hold
 I4 durability   the ledger verifies; what an answer promised is in it
 I5 idempotence  each step was closed once a generation, no report counted twice
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from controller.amends import Amendments
 from controller.ledger import read_rows, reading_ledger, verify
 from controller.ledger_schema import Kind, Row, plan_of
 from deploy.history import Delivery, read_deliveries
@@ -26,7 +28,7 @@ from deploy.record import LEDGER
 from deploy.report import Findings, checks, examine
 from deploy.training import RECEIVED
 from protos.errors import HeadraceError
-from protos.types import Plan
+from protos.types import Plan, Step
 from tests.faults.rank import EVENTS
 
 ACCOUNTED = ("lost", "duplicated", "mismatched", "misordered", "inexact_epochs")
@@ -106,12 +108,15 @@ def _disagreements(evidence: Evidence) -> Iterator[str]:
     for event in _of(evidence, "step"):
         versions = applied[event["generation"], event["step"]]
         versions[event["rank"]] = event["plan_version"]
-    plans = [plan_of(row) for row in evidence.rows if row.kind is Kind.PLAN]
+    amendments = Amendments(evidence.rows)
+    rows = [row for row in evidence.rows if row.kind is Kind.PLAN and amendments.holds(row)]
+    plans = [plan_of(row) for row in rows]
     for (generation, step), versions in sorted(applied.items()):
-        if len(set(versions.values())) > 1:
+        own = set(amendments.lanes_of_their_own(Step(step)).values())
+        if len(set(versions.values()) - own) > 1:
             yield f"I2: ranks applied plans {versions} in generation {generation}, step {step}"
         planned = _in_force(plans, step)
-        other = {rank: version for rank, version in versions.items() if version != planned}
+        other = {r: version for r, version in versions.items() if version not in {planned, *own}}
         if other:
             yield (
                 f"I2: step {step} of generation {generation} has plan {planned} in the ledger, "
