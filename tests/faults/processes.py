@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,15 +159,18 @@ class Supervisor:
         log: Path,
         environments: Sequence[Mapping[str, str]] = (),
         first_prefix: Sequence[str] = (),
+        may_start_again: Callable[[], bool] = lambda: True,
     ) -> None:
         """Begin; `environments` are added to those of the first starts, one each.
 
-        `first_prefix` stands before the command of the first start.
+        `first_prefix` stands before the command of the first start. After an end the next start
+        waits for `may_start_again`.
         """
         self._run_file = run_file
         self._log = log
         self._environments = list(environments)
         self._first_prefix = first_prefix
+        self._may_start_again = may_start_again
         self._stopping = threading.Event()
         self.starts: list[Start] = []
         """Those that have ended, in order."""
@@ -190,6 +193,8 @@ class Supervisor:
         while True:
             self.current.process.wait()
             self.starts.append(self.current.record())
+            while not self._stopping.is_set() and not self._may_start_again():
+                self._stopping.wait(LOOK_EVERY_S)
             if self._stopping.is_set():
                 return
             self.current = self._start()
@@ -205,6 +210,17 @@ class Supervisor:
             refused = bool(self.starts) and self.starts[-1].exit_status in _HOPELESS
             hopeless = refused or time.monotonic() > deadline
             assert not hopeless, f"no controller serves: {self.current.said()[-2000:]}"
+            time.sleep(LOOK_EVERY_S)
+
+    def wait_starts(self, number: int, timeout_s: float = PLENTY_S) -> None:
+        """Wait until so many controllers have ended.
+
+        Raises:
+            AssertionError: they have not in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while len(self.starts) < number:
+            assert time.monotonic() < deadline, f"{len(self.starts)} controllers have ended"
             time.sleep(LOOK_EVERY_S)
 
     def kill(self) -> int:
@@ -320,6 +336,11 @@ class FaultRun:
         finally:
             admin.close()
 
+    def num_alone(self) -> int:
+        """Return how many steps every rank has ended without a controller, by its event log."""
+        logs = [path.read_bytes() for path in (self.out / EVENTS).glob("rank*.jsonl")]
+        return min((len(re.findall(rb'"degraded": true', log)) for log in logs), default=0)
+
     def last_logged_step(self) -> int:
         """Return the last step that every rank has ended, by their event logs; -1: none."""
         last = []
@@ -360,8 +381,12 @@ def fault_run(
     num_workers: int = 2,
     environments: Sequence[Mapping[str, str]] = (),
     worker_options: Sequence[str] = (),
+    may_start_again: Callable[[FaultRun], bool] = lambda run: True,
 ) -> Iterator[FaultRun]:
-    """Start a run's controller and so many workers; at the end nothing of them is left."""
+    """Start a run's controller and so many workers; at the end nothing of them is left.
+
+    A controller that has ended is started again once `may_start_again`.
+    """
     config = load_run_file(run_file)
     with ExitStack() as stack:
         run = FaultRun(
@@ -369,7 +394,10 @@ def fault_run(
             out=config.out,
             address=config.address,
             controller=Supervisor(
-                run_file, log=config.out / "controller.log", environments=environments
+                run_file,
+                log=config.out / "controller.log",
+                environments=environments,
+                may_start_again=lambda: may_start_again(run),
             ),
         )
         stack.callback(run.end)
