@@ -26,6 +26,9 @@ def header_of(config: BaseModel, context: PolicyContext) -> dict[str, Any]:
 def check_header(state: PolicyState, config: BaseModel, context: PolicyContext) -> None:
     """Refuse a state that another policy, or one with other settings, returned.
 
+    A setting that the state does not name is newer than the state: it had its default, which keeps
+    to what was done before there was the setting.
+
     Raises:
         ValueError: it is of another policy, other domains or other settings.
     """
@@ -41,10 +44,15 @@ def check_header(state: PolicyState, config: BaseModel, context: PolicyContext) 
         raise ValueError(
             f"the state is of domains {held['domains']}, the run has {wanted['domains']}"
         )
-    theirs, ours = held["settings"], wanted["settings"]
+    theirs, ours = {**_defaults(config), **held["settings"]}, wanted["settings"]
     for key in sorted({*theirs, *ours}):
         if theirs.get(key) != ours.get(key):
             raise ValueError(
                 f"the state is of a policy with {key} {theirs.get(key)!r}, "
                 f"the run has {ours.get(key)!r}"
             )
+
+
+def _defaults(config: BaseModel) -> dict[str, Any]:
+    """Return the settings of a policy's kind that have a default, as JSON values."""
+    return type(config).model_construct().model_dump(mode="json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -15,11 +16,15 @@ import numpy as np
 import pytest
 from google.protobuf import descriptor_pool, message_factory
 
+from controller.app import bring_up
 from controller.config import RunConfig
 from controller.history import read_history
 from controller.ledger import Ledger, read_rows, reading_ledger, verify
 from controller.ledger_schema import SCHEMA_VERSION, Kind, plan_of
 from controller.policy import artefact
+from controller.policy.base import PolicyContext, PolicyState
+from controller.policy.header import HEADER
+from controller.policy.registry import make_policy
 from loader_workers.token_shard import open_token_shard
 from protos import codec
 from protos.errors import LedgerError
@@ -116,6 +121,45 @@ def test_old_files_are_read(record_injections: Callable[..., None]) -> None:
     assert resume.step == 5
     assert len(resume.cursors) == 4
     record_injections(3)
+
+
+@pytest.mark.fault_row(36, "policy state of before a setting that there is today")
+def test_an_old_policy_state_goes_on_where_settings_have_come_since(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    record_injections: Callable[..., None],
+) -> None:
+    config = _old_run(tmp_path, monkeypatch)
+    held = artefact.load(GOLDEN / "after-000000008-steps.safetensors")
+    new = config.policy.model_dump().keys() - held.values[HEADER]["settings"].keys()
+    assert "update_every" in new
+
+    async def restored() -> PolicyState:
+        with bench(config) as controller:
+            history = read_history(controller.ledger, controller.spec)
+            await bring_up(controller.runner, history, controller.ledger, controller.ledger_thread)
+        context = PolicyContext(
+            domains=controller.spec.domains,
+            domain_sizes=(1.0,) * controller.spec.num_domains,
+            num_steps=controller.spec.num_steps,
+            global_sequences=controller.spec.global_sequences,
+            seed=controller.spec.seed,
+        )
+        policy = make_policy(config.policy, context)
+        policy.restore(held)
+        other = make_policy(config.policy.model_copy(update={"update_every": 3}), context)
+        with pytest.raises(ValueError, match="with update_every 1, the run has 3"):
+            other.restore(held)
+        return policy.state()
+
+    caplog.set_level("INFO", logger="controller.app")
+    again = asyncio.run(restored())
+    assert "cannot be used" not in caplog.text
+    assert re.search(r"policy replayed \d+ steps after step 7", caplog.text)
+    for name, array in held.arrays.items():
+        np.testing.assert_array_equal(again.arrays[name], array)
+    record_injections(len(new))
 
 
 @pytest.mark.fault_row(36, "wire messages of release 0.1.0")
