@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from array import array
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,10 @@ _SPEED_STEPS = 64
 
 _PACE_STEPS = 16
 """Steps over which it is measured how long one takes."""
+
+DECISIONS_KEPT = 4096
+"""Newest decisions whose times are looked at, so that a status costs as much late in a run as early
+in it; `Metrics.decisions` counts all."""
 
 _STEP_BOUNDS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _DECISION_BOUNDS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -93,8 +96,7 @@ class Metrics:
         self._now = now
         self._recent: deque[tuple[float, int]] = deque(maxlen=_SPEED_STEPS)
         self._step_s: deque[float] = deque(maxlen=_PACE_STEPS)
-        # Four bytes a decision: all of a run's can be kept.
-        self._decision_ms = array("f")
+        self._decision_ms: deque[float] = deque(maxlen=DECISIONS_KEPT)
 
     def step_closed(self, observation: StepObservation, reports: list[StepReport]) -> None:
         """Take in what the ranks reported of a step."""
@@ -127,7 +129,7 @@ class Metrics:
         self.decisions.add(decision_s)
 
     def decision_ms(self, percentile: float) -> float:
-        """Return a percentile over all decisions of this controller; 0: there was none."""
+        """Return a percentile over the newest `DECISIONS_KEPT` decisions; 0: there was none."""
         if not self._decision_ms:
             return 0.0
         return float(np.percentile(np.asarray(self._decision_ms), percentile))

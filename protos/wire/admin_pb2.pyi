@@ -165,6 +165,7 @@ class StatusResponse(_message.Message):
     frozen: _builtins.bool
     held_decisions: _builtins.int
     decision_ms_p50: _builtins.float
+    """of the newest 4,096 decisions"""
     decision_ms_p99: _builtins.float
     policy_phase: _builtins.str
     wanted_workers: _builtins.int
