@@ -186,7 +186,7 @@ def controller(
     import logging
 
     from controller.__main__ import serve
-    from controller.app import check_first
+    from controller.prepare import check_first
     from deploy.dataset import ensure_index
     from protos.log_format import configure_logging
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from controller.app import prepare
 from controller.config import parse_run
+from controller.prepare import prepare
 from deploy.corpus import build_corpus, installation_folders, list_files
 from deploy.dataset import ensure_index
 from deploy.documents import Document

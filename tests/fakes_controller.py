@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from controller import history as past
-from controller.app import Prepared, make_shadows, prepare
+from controller.app import make_shadows
 from controller.config import RunConfig, parse_run
 from controller.hands import Hands, Pace
 from controller.history import History
@@ -23,6 +23,7 @@ from controller.metrics import Metrics
 from controller.observation import StepObservation
 from controller.policy.base import Policy, PolicyState, Statistic
 from controller.policy_runner import PolicyRunner
+from controller.prepare import Prepared, prepare
 from controller.service import Service
 from controller.shadows import Shadow
 from controller.snapshots import Snapshots

@@ -17,7 +17,6 @@ import numpy as np
 import yaml
 
 from controller import history as past
-from controller.app import prepare
 from controller.config import RunConfig, parse_run
 from controller.ledger import Ledger
 from controller.ledger_schema import (
@@ -34,6 +33,7 @@ from controller.ledger_schema import (
 from controller.membership import Membership
 from controller.metrics import Totals
 from controller.observation import StepObservation
+from controller.prepare import prepare
 from protos.apportion import no_carry
 from protos.dataset_index import DatasetIndex, ShardRef
 from protos.spec import RunSpec

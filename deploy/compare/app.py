@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from controller.app import prepare
 from controller.config import RunConfig
+from controller.prepare import prepare
 from deploy.compare.compose import references_of, run_config, stand_in_policy
 from deploy.compare.data import (
     PreparedData,

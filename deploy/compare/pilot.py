@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from controller.app import Prepared
 from controller.decide import choose, delivered_epochs
 from controller.history import Steering, plan_from
 from controller.observation import StepObservation
 from controller.policy.base import PolicyState
 from controller.policy_runner import Advice
+from controller.prepare import Prepared
 from protos.apportion import no_carry
 from protos.planbook import PlanBook
 from protos.types import Cursors, Mixture, Plan, Step

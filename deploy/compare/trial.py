@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 
 from controller.aggregate import add_up
-from controller.app import prepare
 from controller.policy import artefact
+from controller.prepare import prepare
 from deploy.compare.checkpoint import Checkpoint, Checkpoints
 from deploy.compare.compose import MEAN_FILE, POLICY_FILE, policy_of, run_config
 from deploy.compare.data import open_data

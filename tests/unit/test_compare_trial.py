@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from controller.app import prepare
+from controller.prepare import prepare
 from deploy.compare.compose import MEAN_FILE, POLICY_FILE, run_config, stand_in_policy
 from deploy.compare.data import PreparedData, open_data, prepare_data, tokenize_all
 from deploy.compare.learner import held_out_loss

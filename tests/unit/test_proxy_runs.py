@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from controller.app import bring_up, prepare
+from controller.app import bring_up
 from controller.history import read_history
 from controller.policy import artefact
+from controller.prepare import prepare
 from protos.errors import ConfigError
 from protos.types import Step
 from tests.fakes_controller import ACODM, Bench, bench, make_beat, small_run

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from controller.app import prepare
 from controller.policy.replay_mean import mean_shares
+from controller.prepare import prepare
 from protos.errors import ConfigError
 from protos.types import Step
 from tests.fakes_controller import bench, resume_at, run_document, small_run

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from controller.app import prepare
 from controller.config import RunConfig, load_run_file
 from controller.policy.base import Statistic
+from controller.prepare import prepare
 from protos.dataset_index import DatasetIndex, ShardRef
 from protos.errors import (
     ConfigError,
