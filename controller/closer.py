@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence, Set
 
 from controller.aggregate import Aggregator, add_up, cursors_after
 from controller.decide import ask, choose_all, propose_ahead
 from controller.hands import Hands
 from controller.history import Steering
-from controller.ledger_schema import Entry, Kind
+from controller.ledger_schema import Entry, Kind, event_entry
 from controller.patience import Patience
 from controller.policy_runner import Advice
 from controller.saving import Saving
@@ -70,6 +70,7 @@ class StepCloser:
         self._patience = patience
         self._keep_steps = keep_steps
         self._pruned_before = 0
+        self._disputed_through = -2
         self._now = now
         self._unwritten: Callable[[], Awaitable[None]] | None = None
         """What is to be decided first once the ledger can be written."""
@@ -195,7 +196,7 @@ class StepCloser:
             observation = add_up(
                 reports, state.spec, step=step, planned=planned, world_size=group.world_size
             )
-        state.confirm(step, {report.plan_version for report in reports})
+        self._dispute(step, state.confirm(step, {each.plan_version for each in reports}))
         hands.metrics.step_closed(observation, reports)
         row = StepRow(group, observation, reports, lag=state.spec.lag)
         if step <= state.observed_through or self.is_drained:
@@ -208,6 +209,21 @@ class StepCloser:
             with span("policy", step=step):
                 await ask(row, Step(step + state.spec.lag), hands, self._scribe.note)
         return row
+
+    def _dispute(self, step: Step, versions: Set[int]) -> None:
+        """Say that ranks had other plans than the ledger's in a step, once for steps in a row.
+
+        A worker that composed them alone will say so, unless it is dead: then this is all there is.
+        """
+        if not versions:
+            return
+        if step != self._disputed_through + 1:
+            planned, other = self._state.book.plan_at(step).version, sorted(versions)
+            logger.warning("ranks had plan %s, not %d, from step %d on", other, planned, step)
+            self._scribe.note(
+                event_entry("plan disputed", step=step, plan=planned, ranks_had=other)
+            )
+        self._disputed_through = step
 
     async def _decide(self, rows: Sequence[StepRow], started_s: float) -> None:
         state, hands = self._state, self._hands

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from controller import history as past
@@ -53,6 +53,7 @@ class RunState:
         self.confirmed_through = history.confirmed_through
         """Last step that a rank has reported with the plan that it has in the ledger."""
 
+        self._splits: list[AloneSteps] = []
         self._note_splits(history.splits)
         self.group: Aggregator | None = None
         """The reports of the generation."""
@@ -132,12 +133,16 @@ class RunState:
         self.newest_version = max(self.newest_version, self.book.newest.version)
         self._note_splits(amendment.splits)
 
-    def confirm(self, step: Step, versions: Iterable[int]) -> None:
-        """Take in with which plans ranks trained a step."""
-        if self.book.plan_at(step).version in versions:
+    def confirm(self, step: Step, versions: Set[int]) -> Set[int]:
+        """Take in with which plans ranks trained a step; return those that it has not here."""
+        planned = self.book.plan_at(step).version
+        if planned in versions:
             self.confirmed_through = max(self.confirmed_through, step)
+        own = (each for each in self._splits if each.first_step <= step <= each.last_step)
+        return versions - {planned, *(each.plan_version for each in own)}
 
-    def _note_splits(self, splits: Iterable[AloneSteps]) -> None:
+    def _note_splits(self, splits: Sequence[AloneSteps]) -> None:
+        self._splits.extend(splits)
         for split in splits:
             for lane in split.lanes:
                 self.split_through[lane] = max(self.split_through.get(lane, -1), split.last_step)
@@ -176,7 +181,7 @@ class RunState:
         """Go on with a generation that has begun."""
         self.membership = membership
         self.book = book
-        self.split_through = {}
+        self.split_through, self._splits = {}, []
         self.confirmed_through = -1
         self.cursors = {
             lane: (membership.cursor_steps[lane], places)

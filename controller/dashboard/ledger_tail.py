@@ -124,7 +124,7 @@ class LedgerTail:
 
     def _take_events(self, database: sqlite3.Connection, last: int) -> None:
         newest: list[dict[str, Any]] = []
-        for kind in (Kind.EVENT, Kind.GENERATION, Kind.FORK, Kind.CONTROL, Kind.SNAPSHOT):
+        for kind in _EVENTS:
             for count, row in enumerate(read_rows(database, kind, newest_first=True)):
                 if row.seq <= self._seq or count == MAX_EVENTS:
                     break
@@ -171,6 +171,9 @@ def _spread(seqs: list[int], most: int) -> list[int]:
     return [seqs[place] for place in np.unique(places)]
 
 
+_EVENTS = (Kind.EVENT, Kind.AMEND, Kind.GENERATION, Kind.FORK, Kind.CONTROL, Kind.SNAPSHOT)
+
+
 def _event(row: Row) -> dict[str, Any]:
     """Return what a row says has happened, as a name and details."""
     body = row.body
@@ -183,6 +186,10 @@ def _event(row: Row) -> dict[str, Any]:
         is_given_back = body["override_q32"] is None and not body["frozen"]
         held = "frozen" if body["frozen"] else "mixture set"
         name, details = "resumed" if is_given_back else held, {}
+    elif row.kind is Kind.AMEND:
+        lanes = "all" if body["lanes"] is None else body["lanes"]
+        details = {"plan": body["version"], "through": body["through"], "lanes": lanes}
+        name = "composed alone"
     elif row.kind is Kind.SNAPSHOT:
         name, details = "policy saved", {}
     else:

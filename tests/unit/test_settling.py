@@ -189,3 +189,27 @@ def test_a_worker_cannot_have_composed_what_there_is_not(
                 _beat(controller, alone=(alone,))
 
     asyncio.run(scenario())
+
+
+def test_a_plan_that_ranks_had_and_the_ledger_has_not_is_disputed_once_for_steps_in_a_row(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        policy = ScriptedPolicy(lambda step: (0, 0, 1) if step >= 4 else (1, 0, 0))
+        with bench(small_run(tmp_path), policy=policy) as controller:
+            await controller.join_all(1)
+            for step, version in enumerate([1, 1, 2, 2, 2, 2, 3]):
+                await controller.report_step(step, plan_version=version)
+            own = _alone(7, 7, 2, lanes=(0, 1))
+            controller.workers.told_plans("worker-0")
+            _beat(controller, composed_through=7, sealed_through=8, alone=(own,))
+            _beat(controller, composed_through=7, sealed_through=8, alone=(own,))
+            await controller.settle()
+            await controller.report_step(7, plan_version=2)
+            await controller.loop.flush()
+            events = controller.ledger.rows(Kind.EVENT)
+            disputed = [row for row in events if row.body["event"] == "plan disputed"]
+            assert [(row.step, row.body["ranks_had"]) for row in disputed] == [(4, [2])]
+            assert disputed[0].body["plan"] == 3
+
+    asyncio.run(scenario())
