@@ -64,7 +64,8 @@ class Settling:
 
     def may_tell(self, worker_id: str) -> bool:
         """Say whether a worker that was asked how far it went may be told of plans."""
-        return not self.is_due and self._workers.has_answered(worker_id)
+        is_settled = not self.is_due and not self.is_amending
+        return is_settled and self._workers.has_answered(worker_id)
 
     def check(self, beat: WorkerBeat) -> None:
         """Refuse what a worker cannot have composed.

@@ -62,7 +62,8 @@ class Teller:
                     is_asked = True
                     yield self._question(worker_id)
                     continue
-                if self._loop.holds_back or not self._loop.settling.may_tell(worker_id):
+                # Also while nothing can be decided: a worker that is new must have a plan to go by.
+                if not self._loop.settling.may_tell(worker_id):
                     await changed.wait_beyond(seen, BEAT_S)
                     continue
             event, told = self._loop.state.next_event(told)

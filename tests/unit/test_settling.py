@@ -143,6 +143,27 @@ def test_what_a_worker_composed_alone_counts_also_while_the_controller_lives(
     asyncio.run(scenario())
 
 
+def test_a_new_worker_is_told_plans_also_while_the_ledger_cannot_be_written(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        with bench(small_run(tmp_path)) as controller:
+            await controller.join_all(1)
+            controller.loop.scribe.fault = "no space left"
+            stream = controller.service.watch_plans("worker-1", answers=True)
+            assert (await _next(stream)).asked
+            telling = asyncio.create_task(_next(stream))
+            await asyncio.sleep(0)
+            assert not telling.done()
+            _beat(controller, "worker-1")
+            told = await telling
+            assert told.reset
+            assert [plan.version for plan in told.plans] == [1]
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(scenario())
+
+
 def test_a_new_generation_begins_with_what_the_old_one_was_given(tmp_path: Path) -> None:
     async def scenario() -> None:
         await _left_in_doubt(tmp_path)
