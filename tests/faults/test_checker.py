@@ -83,6 +83,19 @@ def test_a_clean_history_has_no_violations() -> None:
     assert violations(_clean()) == []
 
 
+@pytest.mark.parametrize("through", [1, 2])
+def test_a_plan_of_lanes_alone_is_no_violation_where_the_ledger_says_so(through: int) -> None:
+    """Rank 0 had plan 1 in step 2, too, where plan 2 held."""
+    clean = _clean()
+    events = [dict(event) for event in clean.events]
+    for event in events:
+        if (event["event"], event["rank"], event.get("step")) == ("step", 0, 2):
+            event["plan_version"] = 1
+    amend = _row(99, Kind.AMEND, 1, generation=1, version=1, through=through, lanes=[0, 1])
+    found = violations(replace(clean, events=events, rows=[*clean.rows, amend]))
+    assert [fault[:2] for fault in found] == ([] if through == 2 else ["I2", "I2"])
+
+
 Planted = Callable[[Evidence], Evidence]
 
 
