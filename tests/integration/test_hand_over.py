@@ -9,7 +9,7 @@ import pytest
 
 from protos.errors import NotReady
 from tests.fakes_trainer import FakeRun, make_spec
-from tests.integration.test_session import check_by_the_book, connect, every_slot
+from tests.sessions import check_by_the_book, connect, every_slot
 from trainer_client import Batch, Session
 
 pytestmark = pytest.mark.timeout(120)
