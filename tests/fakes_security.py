@@ -45,10 +45,7 @@ class Authority:
 
     def issue(self, name: str, *, names: str = LOOPBACK, days: int = 2) -> tuple[Path, Path]:
         """Make a certificate; return it and its key. Negative `days`: it is over already."""
-        cert, key = self._folder / f"{name}.pem", self._folder / f"{name}.key"
-        request, extensions = self._folder / "request", self._folder / "extensions"
-        extensions.write_text(f"subjectAltName={names}\n")
-        openssl("req", *_EC, "-subj", f"/CN={name}", "-keyout", key, "-out", request)
+        cert, key, request, extensions = self._request(name, names)
         signer = [
             "-CA",
             str(self.pem),
@@ -60,6 +57,36 @@ class Authority:
         ]
         openssl("x509", "-req", "-in", request, *signer, "-extfile", extensions, "-out", cert)
         return cert, key
+
+    def issue_for_later(self, name: str) -> tuple[Path, Path]:
+        """Make a certificate that is not valid yet; return it and its key."""
+        cert, key, request, extensions = self._request(name, LOOPBACK)
+        issued, config = self._folder / "issued", self._folder / "ca.conf"
+        issued.mkdir(exist_ok=True)
+        (issued / "index").touch()
+        config.write_text(
+            f"[ca]\ndefault_ca=one\n[one]\ndatabase={issued}/index\nnew_certs_dir={issued}\n"
+            "rand_serial=yes\ndefault_md=sha256\npolicy=any\n[any]\ncommonName=supplied\n"
+        )
+        times = ["-startdate", "20900101000000Z", "-enddate", "20910101000000Z"]
+        signer: list[str | Path] = [
+            "-cert",
+            self.pem,
+            "-keyfile",
+            self._key,
+            "-extfile",
+            extensions,
+        ]
+        openssl("ca", "-config", config, "-batch", *times, *signer, "-in", request, "-out", cert)
+        return cert, key
+
+    def _request(self, name: str, names: str) -> tuple[Path, Path, Path, Path]:
+        """Return where certificate and key go, and the files to sign it by."""
+        cert, key = self._folder / f"{name}.pem", self._folder / f"{name}.key"
+        request, extensions = self._folder / "request", self._folder / "extensions"
+        extensions.write_text(f"subjectAltName={names}\n")
+        openssl("req", *_EC, "-subj", f"/CN={name}", "-keyout", key, "-out", request)
+        return cert, key, request, extensions
 
 
 def make_token() -> str:

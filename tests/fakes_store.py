@@ -36,7 +36,7 @@ class FaultyStore:
     def plan(self, *faults: str) -> None:
         """Have the next requests fail, one fault each.
 
-        500, 503, 429; expired (credentials); slow, short, range, reset.
+        500, 503, 429; expired (credentials); slow, short, range, reset; empty: none.
         """
         self._planned += faults
 

@@ -384,10 +384,17 @@ class FakeRun:
     """A controller and some workers that share the lanes evenly."""
 
     def __init__(
-        self, spec: RunSpec, *, num_workers: int = 2, security: Security | None = None
+        self,
+        spec: RunSpec,
+        *,
+        num_workers: int = 2,
+        security: Security | None = None,
+        controllers_own: Security | None = None,
     ) -> None:
+        """Serve with `security`; the controller with another one if it has its own."""
         self.spec = spec
         self.security = security
+        self._controllers_own = controllers_own or security
         self.workers = [FakeWorker(spec) for _ in range(num_workers)]
         self.controller = FakeController(spec, [])
         self.address = ""
@@ -406,7 +413,7 @@ class FakeRun:
             self.controller.endpoints = [
                 self.endpoints[lane * len(self.endpoints) // lanes] for lane in range(lanes)
             ]
-            self.address = stack.enter_context(serving(self.controller, self.security))
+            self.address = stack.enter_context(serving(self.controller, self._controllers_own))
             yield self
 
 

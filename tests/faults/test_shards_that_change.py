@@ -1,4 +1,4 @@
-"""Shards and token shards that somebody cuts off or replaces while they are read."""
+"""Shards and token shards that change, or whose store fails, while a worker reads them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tests.fakes_consumer import (
 )
 from tests.fakes_damage import make_sound
 from tests.fakes_loader import tokenize_words
+from tests.fakes_store import FaultyStore, serving_store
 
 pytestmark = pytest.mark.slow
 
@@ -133,3 +134,31 @@ def test_a_shard_that_changes_while_it_is_tokenized_costs_what_is_gone_of_it(
         assert found.damaged
         assert 0 < num_left_out < len(sound.documents) // 3
     record_injections(tokenize.num_harmed, f"{num_left_out} of 4000 samples left out")
+
+
+@pytest.mark.fault_row(27, "the store of a worker's shards fails in all ways by turns")
+@pytest.mark.timeout(120)
+def test_a_worker_whose_store_fails_delivers_the_same_batches_later(
+    tmp_path: Path, record_injections: Callable[..., None]
+) -> None:
+    patterns = write_corpus(tmp_path / "data")
+    local = write_run(tmp_path / "local", patterns, steps=NUM_STEPS)
+    with consumed_run(local) as run:
+        run.consume(2, until=NUM_STEPS)
+        expected = global_batches(run.deliveries())
+    store = FaultyStore()
+    for path in sorted((tmp_path / "data").rglob("*.tar")):
+        store.objects[path.relative_to(tmp_path / "data").as_posix()] = path.read_bytes()
+    faults = ("503", "short", "expired", "range", "500", "reset", "429")
+    with serving_store(store) as base:
+        remote = {name: f"{base}/{name}/{{0000..0002}}.tar" for name in patterns}
+        run_file = write_run(tmp_path / "remote", remote, steps=NUM_STEPS)
+        # Every other answer is wrong; several in a row are waited out for longer and longer.
+        store.plan(*(each for fault in faults for each in (fault, "")))
+        with consumed_run(run_file) as run:
+            run.consume(2, until=NUM_STEPS)
+            assert global_batches(run.deliveries()) == expected
+            assert run.status().quarantines == ()
+    assert store.all_happened()
+    assert all(store.happened[fault] == 1 for fault in faults)
+    record_injections(len(faults), ", ".join(faults))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +83,11 @@ def test_the_rights_name_every_service_that_is_served_and_no_other() -> None:
     assert len(METHODS) >= 14
 
 
+@pytest.mark.fault_row(33, "no token, or a wrong one, at every method")
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.path)
-def test_every_method_opens_to_its_own_token_alone(door: Door, method: Method) -> None:
+def test_every_method_opens_to_its_own_token_alone(
+    door: Door, method: Method, record_injections: Callable[..., None]
+) -> None:
     wrong = {
         "none": [],
         "another": shown(make_token()),
@@ -102,6 +105,7 @@ def test_every_method_opens_to_its_own_token_alone(door: Door, method: Method) -
             code, sentence = call(channel, method.path, metadata)
             assert code is REFUSED, (name, code, sentence)
             assert door.join not in sentence
+            record_injections()
         for right in Right:
             code, sentence = call(channel, method.path, shown(door.token(right)))
             if right in RIGHT_OF[method.service]:
@@ -203,18 +207,25 @@ def mutual(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> It
         yield opened
 
 
+@pytest.mark.fault_row(33, "plaintext to a TLS port, at every method")
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.path)
-def test_no_method_answers_in_the_clear(encrypted: Door, method: Method) -> None:
+def test_no_method_answers_in_the_clear(
+    encrypted: Door, method: Method, record_injections: Callable[..., None]
+) -> None:
     began = time.monotonic()
     with grpc.insecure_channel(encrypted.address(method)) as channel:
         for right in Right:
             code, _ = call(channel, method.path, shown(encrypted.token(right)))
             assert code is grpc.StatusCode.UNAVAILABLE
+            record_injections()
     assert time.monotonic() - began < 2
 
 
+@pytest.mark.fault_row(33, "no certificate where both ends need one, at every method")
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.path)
-def test_no_method_answers_without_a_certificate(mutual: Door, method: Method) -> None:
+def test_no_method_answers_without_a_certificate(
+    mutual: Door, method: Method, record_injections: Callable[..., None]
+) -> None:
     assert mutual.security.ca is not None
     ca = mutual.security.ca.read_bytes()
     began = time.monotonic()
@@ -222,6 +233,7 @@ def test_no_method_answers_without_a_certificate(mutual: Door, method: Method) -
         for right in Right:
             code, _ = call(channel, method.path, shown(mutual.token(right)))
             assert code is grpc.StatusCode.UNAVAILABLE
+            record_injections()
     assert time.monotonic() - began < 2
 
 
@@ -245,10 +257,14 @@ def test_encryption_alone_opens_nothing(mutual: Door) -> None:
     client.close()
 
 
-def test_certificates_that_are_wrong_are_refused_soon(authority: Authority, tmp_path: Path) -> None:
+@pytest.mark.fault_row(33, "a certificate expired, not valid yet, of another name or authority")
+def test_certificates_that_are_wrong_are_refused_soon(
+    authority: Authority, tmp_path: Path, record_injections: Callable[..., None]
+) -> None:
     other = Authority(tmp_path, "other")
     for name, issued in {
         "expired": authority.issue("expired", days=-1),
+        "not valid yet": authority.issue_for_later("later"),
         "of another name": authority.issue("elsewhere", names="DNS:elsewhere.example"),
         "of another authority": other.issue("server"),
     }.items():
@@ -260,6 +276,7 @@ def test_certificates_that_are_wrong_are_refused_soon(authority: Authority, tmp_
                 client.locate(Generation(1))
             assert time.monotonic() - began < 2, name
             client.close()
+            record_injections(1, name)
 
 
 def test_a_rank_of_another_authority_is_refused(mutual: Door, tmp_path: Path) -> None:

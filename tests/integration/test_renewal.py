@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from protos.types import Generation
 from tests.fakes_security import Authority, make_token, write_tokens
 from tests.fakes_services import ScriptedController, serving
 from tests.fakes_trainer import FakeRun, make_spec, wait_until
+from tests.faults.tcp_proxy import FaultProxy
 from trainer_client import connect
 
 
@@ -56,8 +59,11 @@ def fresh_client_locates(address: str, security: Security) -> bool:
         return locates(client)
 
 
+@pytest.mark.fault_row(
+    33, "certificates and authorities renewed while all runs, half of a pair first"
+)
 def test_a_servers_certificate_and_authority_are_renewed_while_it_serves(
-    security: Security, tmp_path: Path
+    security: Security, tmp_path: Path, record_injections: Callable[..., None]
 ) -> None:
     assert security.ca
     assert security.cert
@@ -94,11 +100,13 @@ def test_a_servers_certificate_and_authority_are_renewed_while_it_serves(
         assert locates(client), "the same client, with what its files hold now"
         assert fresh_client_locates(address, security)
         assert not fresh_client_locates(address, old_files)
+        record_injections(2, "a pair in halves; a removed authority")
         stream.cancel()
 
 
+@pytest.mark.fault_row(33, "a rank's authority removed")
 def test_a_rank_whose_authority_was_removed_gets_in_no_more(
-    security: Security, tmp_path: Path
+    security: Security, tmp_path: Path, record_injections: Callable[..., None]
 ) -> None:
     assert security.ca
     assert security.client_ca
@@ -106,6 +114,7 @@ def test_a_rank_whose_authority_was_removed_gets_in_no_more(
         assert fresh_client_locates(address, security)
         put(Authority(tmp_path / "other", "other").pem, security.client_ca)
         assert not fresh_client_locates(address, security)
+        record_injections(1)
 
 
 def test_tokens_are_renewed_in_two_steps_without_a_refused_call(
@@ -157,8 +166,9 @@ def test_tokens_are_renewed_in_two_steps_without_a_refused_call(
     assert caplog.text.count("stays in force") == 4
 
 
+@pytest.mark.fault_row(33, "a token renewed at the servers before the ranks")
 def test_training_goes_on_while_a_token_is_renewed_in_the_wrong_order(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, record_injections: Callable[..., None]
 ) -> None:
     """Servers first: what ranks report is dropped, a broken stream waits, and all comes again."""
     caplog.set_level(logging.DEBUG, logger="trainer_client")
@@ -184,5 +194,67 @@ def test_training_goes_on_while_a_token_is_renewed_in_the_wrong_order(
                 write_tokens(tmp_path / "shown", renewed)
         assert steps == list(range(run.spec.num_steps))
         wait_until(lambda: session.reports_sent == run.spec.num_steps - 9)
+        record_injections(session.reports_dropped, "reports refused; batches came on")
     assert old not in caplog.text
     assert renewed not in caplog.text
+
+
+def _counts(proxy: FaultProxy, connections: int) -> bool:
+    return proxy.counts.connections >= connections
+
+
+@pytest.mark.fault_row(
+    33, "the controller's certificate goes wrong in mid-training, and is renewed"
+)
+@pytest.mark.parametrize("kind", ["expired", "not valid yet", "of another name", "other authority"])
+def test_training_goes_on_while_the_controller_shows_a_wrong_certificate(
+    kind: str, tmp_path: Path, record_injections: Callable[..., None]
+) -> None:
+    authority = Authority(tmp_path / "authority", "authority")
+    wrong = {
+        "expired": lambda: authority.issue("expired", days=-1),
+        "not valid yet": lambda: authority.issue_for_later("later"),
+        "of another name": lambda: authority.issue("elsewhere", names="DNS:elsewhere.example"),
+        "other authority": lambda: Authority(tmp_path / "other", "other").issue("own"),
+    }[kind]()
+    good = authority.issue("own")
+    cert, key = tmp_path / "cert", tmp_path / "key"
+
+    def show(pair: tuple[Path, Path]) -> None:
+        put(pair[0], cert)
+        put(pair[1], key)
+
+    show(good)
+    tokens = write_tokens(tmp_path / "join", make_token())
+    run = FakeRun(
+        make_spec(num_steps=16),
+        security=Security(cert=good[0], key=good[1], join_token_file=tokens),
+        controllers_own=Security(cert=cert, key=key, join_token_file=tokens),
+    )
+    shown = Security(ca=authority.pem, join_token_file=tokens)
+    with (
+        run.serving(),
+        FaultProxy(run.address) as proxy,
+        connect(proxy.address, rank=0, world_size=1, security=shown) as session,
+    ):
+        steps = []
+        for batch in session.batches(64):
+            steps.append(int(batch.step))
+            session.end_step()
+            if batch.step == 3:
+                wait_until(lambda: session.reports_sent == 4)
+                show(wrong)
+                refused_at = proxy.counts.connections + 3
+                assert proxy.reset_all() > 0
+            if batch.step == 10:
+                wait_until(partial(_counts, proxy, refused_at))
+                assert session.reports_sent == 4
+                record_injections(3, "handshakes refused, or more")
+                show(good)
+        assert steps == list(range(run.spec.num_steps))
+        wait_until(
+            lambda: session.reports_sent + session.reports_dropped == run.spec.num_steps,
+            timeout_s=30,
+        )
+        # One that was tried for long meanwhile may have been given up.
+        assert session.reports_dropped <= 1
