@@ -6,6 +6,7 @@ Needs root and `ip`; a test that uses it is skipped elsewhere, and says so.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,9 +15,21 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+    return done.stdout
+
+
 def _ip(*arguments: str) -> None:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=20)
-    assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
+    _run("ip", *arguments)
+
+
+def _needed(tool: str, package: str) -> str:
+    """Return a tool; skips the test where there is none, and says so."""
+    if shutil.which(tool) is None:
+        pytest.skip(f"`{tool}` is not there (apt-get install {package}); NOTHING WAS TESTED")
+    return tool
 
 
 class Network:
@@ -38,8 +51,8 @@ class Network:
     def add(self, name: str) -> str:
         """Add a machine; return its address."""
         number = len(self._names)
-        space, outside = self._space(name), f"hrv{self._tag}{number}"
         self._names.append(name)
+        space, outside = self._space(name), self._outside(name)
         _ip("netns", "add", space)
         self._stack.callback(_ip, "netns", "del", space)
         _ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", space)
@@ -57,7 +70,49 @@ class Network:
 
     def cut(self, name: str) -> None:
         """Pull a machine's cable: nothing that it sends arrives, not even that it has ended."""
-        _ip("link", "set", f"hrv{self._tag}{self._names.index(name)}", "down")
+        _ip("link", "set", self._outside(name), "down")
+
+    def lose(self, name: str, share: float) -> None:
+        """Have so many of a machine's packets vanish, both those that it gets and that it sends."""
+        iptables = _needed("iptables", "iptables")
+        odds = ["-m", "statistic", "--mode", "random", "--probability", str(share), "-j", "DROP"]
+        try:
+            for chain, device in (("INPUT", "-i"), ("OUTPUT", "-o")):
+                _run(*self.on(name), iptables, "-w", "-A", chain, device, "eth0", *odds)
+        except AssertionError as error:
+            pytest.skip(f"this kernel loses no packets on purpose; NOTHING WAS TESTED: {error}")
+
+    def lose_no_more(self, name: str) -> int:
+        """Have all packets arrive again; return how many have vanished meanwhile."""
+        num_lost = 0
+        for chain in ("INPUT", "OUTPUT"):
+            listed = _run(*self.on(name), "iptables", "-w", "-nvxL", chain)
+            num_lost += int(re.findall(r"^ *(\d+) .* DROP ", listed, re.M)[0])
+            _run(*self.on(name), "iptables", "-w", "-F", chain)
+        return num_lost
+
+    def slow_down(self, name: str, rate: str) -> None:
+        """Let a machine send and receive no more than `rate`, as `tc` writes it: `1mbit`."""
+        tc = _needed("tc", "iproute2")
+        shaped = ["root", "tbf", "rate", rate, "burst", "16kb", "latency", "400ms"]
+        try:
+            _run(tc, "qdisc", "add", "dev", self._outside(name), *shaped)
+            _run(*self.on(name), tc, "qdisc", "add", "dev", "eth0", *shaped)
+        except AssertionError as error:
+            pytest.skip(f"this kernel slows no link down; NOTHING WAS TESTED: {error}")
+
+    def slow_no_more(self, name: str) -> int:
+        """Give a machine its whole speed back; return how many packets had to wait meanwhile."""
+        num_held = 0
+        for on, device in (([], self._outside(name)), (self.on(name), "eth0")):
+            shown = _run(*on, "tc", "-s", "qdisc", "show", "dev", device, "root")
+            num_held += int(re.findall(r"overlimits (\d+)", shown)[0])
+            _run(*on, "tc", "qdisc", "del", "dev", device, "root")
+        return num_held
+
+    def _outside(self, name: str) -> str:
+        """Return a machine's end of its cable on the bridge."""
+        return f"hrv{self._tag}{self._names.index(name)}"
 
     def _space(self, name: str) -> str:
         return f"hr{self._tag}-{name}"
