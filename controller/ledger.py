@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from controller.ledger_file import COLUMNS, check_version, explained, forget_cached
+from controller.ledger_head import head_text
 from controller.ledger_lock import LedgerLock
 from controller.ledger_prune import prune
 from controller.ledger_schema import (
@@ -69,7 +70,7 @@ class Ledger:
 
         try:
             self._database = self._connect()
-            self._seq, self._hash = verify(self._database, path, last=CHECKED_AT_OPENING)
+            self._end = verify(self._database, path, last=CHECKED_AT_OPENING)
             self.epoch = self._next_epoch()
         except BaseException:
             self.close()
@@ -89,7 +90,12 @@ class Ledger:
     @property
     def num_rows(self) -> int:
         """How many rows were ever written."""
-        return self._seq
+        return self._end[0]
+
+    @property
+    def head(self) -> str:
+        """The last row that is written, for whoever keeps a witness; see `ledger_head`."""
+        return head_text(*self._end)
 
     def commit(self, entries: Sequence[Entry]) -> None:
         """Append all of `entries` or none; when it returns, they survive a loss of power.
@@ -122,12 +128,12 @@ class Ledger:
             except sqlite3.Error as error:
                 self._was_full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
                 raise
-        self._seq, self._hash = seq, head
+        self._end = seq, head
         self._attempt = None
 
     def _append(self, database: sqlite3.Connection, entries: Sequence[Entry]) -> tuple[int, bytes]:
         """Add rows to the transaction under way; return number and hash of the last one."""
-        seq, head, rows = self._seq, self._hash, []
+        (seq, head), rows = self._end, []
         for entry in entries:
             seq += 1
             fields = {
@@ -173,13 +179,13 @@ class Ledger:
             raise Unsettled(str(error)) from error
         verify(self._database, self.path, last=CHECKED_AT_OPENING)
         self._check_epoch(self._database)
-        acknowledged, attempted = (self._seq, self._hash), self._attempt
-        if ends not in (acknowledged, attempted):
+        attempted = self._attempt
+        if ends not in (self._end, attempted):
             raise LedgerError(
                 f"the ledger {self.path} is damaged: it ends at row {ends[0]} after an error of "
-                f"the disk, but row {self._seq} had been written; restore it from a copy"
+                f"the disk, but row {self._end[0]} had been written; restore it from a copy"
             )
-        self._seq, self._hash = ends
+        self._end = ends
         self._attempt = None
         return bool(ends == attempted)
 

@@ -183,6 +183,7 @@ class ControlLoop:
             counted=counted,
             epoch=self.epoch,
             observed_through=state.observed_through,
+            ledger_head=self._hands.ledger.head,
         )
 
     async def run(self) -> None:

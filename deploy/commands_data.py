@@ -150,22 +150,39 @@ def _losses(found: DatasetIndex) -> Iterator[str]:
 @told
 def verify(
     out: Annotated[Path, typer.Argument(help="Folder of a finished run, with its ledger.")],
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROW:HASH",
+            help="`ledger_head` of a checkpoint's data state, or of a report.json kept elsewhere: "
+            "the ledger must still have that row.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check a finished run: ledger intact, plans obeyed, nothing lost, doubled or changed.
 
     The sequences that should have come are cut anew from the raw shards and held against what the
-    trainers received. Exit code 4 if they differ, 5 if the ledger is damaged.
+    trainers received. Exit code 4 if they differ, 5 if the ledger is damaged or was rolled back.
     """
+    from controller.ledger import reading_ledger
+    from controller.ledger_head import hold_against_head
+    from deploy.record import ledger_of
     from deploy.report import checks, examine
 
+    if head is not None:
+        ledger = ledger_of(out)
+        with reading_ledger(ledger) as database:
+            hold_against_head(database, ledger, head)
     findings = examine(out)
     result = checks(findings)
     if as_json:
-        print(json.dumps({"clean": findings.clean, **result}, indent=2))
+        summary = {"clean": findings.clean, "ledger_head": findings.record.head}
+        print(json.dumps({**summary, **result}, indent=2))
     else:
         console = Console(highlight=False)
         console.print(f"ledger: {findings.record.num_rows:,} rows, chain of hashes intact")
+        console.print(f"ledger head: {findings.record.head}", soft_wrap=True)
         for name, value in result.items():
             console.print(f"{name.replace('_', ' ')}: {value}", soft_wrap=True, markup=False)
         console.print("clean" if findings.clean else "NOT CLEAN", style="bold")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from controller.amends import Amendments
 from controller.history import newest_line
 from controller.ledger import read_rows, reading_ledger, verify
+from controller.ledger_head import head_text
 from controller.ledger_schema import Kind, Row, StepRecord, plan_of, quarantine_of, step_record_of
 from protos.types import Plan, Quarantine
 
@@ -30,6 +31,9 @@ class RunRecord:
     """A run as its ledger has it; of a step that was trained twice, the newest."""
 
     num_rows: int
+    head: str
+    """Number and hash of the ledger's last row; see `controller.ledger_head`."""
+
     settings: Mapping[str, Any]
     """The run file, as the newest controller read it."""
 
@@ -82,7 +86,7 @@ def read_record(path: Path) -> RunRecord:
         LedgerError: it is missing or damaged.
     """
     with reading_ledger(path) as database:
-        num_rows, _ = verify(database, path)
+        num_rows, row_hash = verify(database, path)
         rows = list(read_rows(database))
     steps = newest_line(rows)
     amendments = Amendments(rows)
@@ -92,6 +96,7 @@ def read_record(path: Path) -> RunRecord:
     runs = _of(rows, Kind.RUN)
     return RunRecord(
         num_rows=num_rows,
+        head=head_text(num_rows, row_hash),
         settings=settings_of(runs[-1].body) if runs else {},
         order_sha256=str(runs[-1].body["order_sha256"]) if runs else "",
         plans=tuple(sorted(plans, key=_by_step)),

@@ -149,6 +149,7 @@ def make_report(
         **_timing(record, status),
         "generations": record.num_generations,
         "quarantined": len(record.quarantines),
+        "ledger_head": record.head,
         "final_mixture": dict(zip(domains, last_plan.mixture.shares, strict=True))
         if last_plan
         else None,

@@ -11,7 +11,7 @@ from typing import Any, cast
 import grpc
 
 import protos.errors as errors
-from protos.errors import HeadraceError, InvalidMessage, NotReady, Rejected, Retryable
+from protos.errors import ConfigError, HeadraceError, InvalidMessage, NotReady, Rejected, Retryable
 from protos.security import Security, check_call
 from protos.show_token import ShowToken
 from protos.tls import ChannelFiles, ClientPems, channel_credentials
@@ -109,12 +109,30 @@ def raising_ours(unreachable: type[Retryable], peer: str) -> Iterator[None]:
         raise error_of(error, unreachable, peer) from None
 
 
-class LazyChannel:
-    """A channel that is opened when first used, once in each process.
+_owner: int | None = None
+"""The process that has used gRPC here; a fork finds its parent."""
 
-    A channel does not survive a fork; a child that finds its parent's opens its own. When the files
-    that it was made of change, calls that begin from then on go over a new one; streams that are
-    open go on over the old one to their end.
+
+def _claim(pid: int, address: str) -> None:
+    """Take gRPC for this process; raises ConfigError in a fork of one that has used it."""
+    global _owner
+    if _owner is None:
+        _owner = pid
+    elif _owner != pid:
+        raise ConfigError(
+            f"process {pid} is a fork of process {_owner}, which had called Headrace already, and "
+            f"gRPC does not survive a fork: {address} is not called. Start the process anew "
+            "instead, e.g. DataLoader(..., multiprocessing_context='spawn')"
+        )
+
+
+class LazyChannel:
+    """A channel that is opened when first used.
+
+    gRPC's threads and locks do not survive a fork: a child of a process that has used it may hang
+    in any call, even over a channel of its own, and is refused. When the files that a channel was
+    made of change, calls that begin from then on go over a new one; streams that are open go on
+    over the old one to their end.
     """
 
     def __init__(
@@ -148,19 +166,22 @@ class LazyChannel:
         self._channel: grpc.Channel | None = None
         self._retired: list[grpc.Channel] = []
         self._pems: ClientPems | None = None
-        self._pid = -1
 
     def get(self, pid: int) -> grpc.Channel:
-        """Return this process's channel."""
+        """Return this process's channel.
+
+        Raises:
+            ConfigError: the process is a fork of one that has used gRPC.
+        """
+        # Before the lock, which a thread of the parent may hold for ever in a fork.
+        _claim(pid, self._address)
         with self._lock:
             pems = self._files.pems()
-            if self._pid != pid:
-                self._channel, self._retired = None, []
             if self._channel is not None and pems != self._pems:
                 self._retired.append(self._channel)
                 self._channel = None
             if self._channel is None:
-                self._channel, self._pems, self._pid = self._open(pems), pems, pid
+                self._channel, self._pems = self._open(pems), pems
             return self._channel
 
     def _open(self, pems: ClientPems | None) -> grpc.Channel:
@@ -176,9 +197,10 @@ class LazyChannel:
 
     def close(self, pid: int) -> None:
         """Close it, if this process opened it; closing twice does no harm."""
+        if pid != _owner:
+            return
         with self._lock:
-            if self._pid == pid:
-                for channel in (*self._retired, self._channel):
-                    if channel is not None:
-                        channel.close()
+            for channel in (*self._retired, self._channel):
+                if channel is not None:
+                    channel.close()
             self._channel, self._retired = None, []

@@ -245,6 +245,7 @@ def report_answer_to_proto(answer: ReportAnswer) -> control.ReportResponse:
         lanes_version=answer.lanes_version,
         epoch=answer.epoch,
         observed_through=answer.observed_through,
+        ledger_head=answer.ledger_head,
     )
 
 
@@ -257,6 +258,7 @@ def report_answer_from_proto(message: control.ReportResponse) -> ReportAnswer:
         lanes_version=message.lanes_version,
         epoch=message.epoch,
         observed_through=message.observed_through,
+        ledger_head=message.ledger_head[:MAX_NAME],
     )
 
 

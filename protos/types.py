@@ -213,6 +213,10 @@ class ReportAnswer:
     observed_through: int = -1
     """What was decided upon the steps up to this one is in the ledger."""
 
+    ledger_head: str = ""
+    """Of its last row, `ROW:HASH`: what is kept of it elsewhere tells whether the ledger was rolled
+    back. Empty: not told."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerBeat:

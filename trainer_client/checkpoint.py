@@ -12,11 +12,20 @@ from protos.types import Cursors, Lane, Resume, Step
 
 STATE_VERSION = 1
 
+LEDGER_HEAD = "ledger_head"
+"""What the controller last said its ledger's last row is, for `headrace verify --head`."""
+
 _PER_RUN = ("version", "run_id", "order_sha256", "step", "world_size")
 
 
 def pack_state(
-    *, run_id: str, order_sha256: str, step: Step, world_size: int, cursors: Cursors
+    *,
+    run_id: str,
+    order_sha256: str,
+    step: Step,
+    world_size: int,
+    cursors: Cursors,
+    ledger_head: str = "",
 ) -> dict[str, Any]:
     """Return a rank's state: strings, integers, lists and dictionaries."""
     return {
@@ -26,6 +35,7 @@ def pack_state(
         "step": int(step),
         "world_size": world_size,
         "cursors": {str(lane): cursors[lane].tolist() for lane in sorted(cursors)},
+        **_told(ledger_head),
     }
 
 
@@ -83,4 +93,24 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                     f"states of different checkpoints cannot be merged: two ranks place lane "
                     f"{lane} differently at step {merged['step']}"
                 )
-    return {**merged, "cursors": {lane: cursors[lane] for lane in sorted(cursors, key=int)}}
+    return {
+        **merged,
+        "cursors": {lane: cursors[lane] for lane in sorted(cursors, key=int)},
+        **_told(max((ledger_head_of(state) for state in states), key=_row)),
+    }
+
+
+def ledger_head_of(state: Mapping[str, Any]) -> str:
+    """Return the ledger's head that a state holds; empty: none, as before there were any."""
+    return str(state.get(LEDGER_HEAD, ""))
+
+
+def _told(ledger_head: str) -> dict[str, str]:
+    # Not with an empty value: torch.distributed.checkpoint loads what a fresh session's state
+    # names, and a checkpoint of before there were heads has none.
+    return {LEDGER_HEAD: ledger_head} if ledger_head else {}
+
+
+def _row(ledger_head: str) -> int:
+    row, _, _ = ledger_head.partition(":")
+    return int(row) if row.isdecimal() else -1

@@ -18,7 +18,7 @@ from torch import nn
 from protos.spec import BEST_FIT, RunSpec
 from protos.types import Cursors, Generation, ReportAnswer, Step, StepReport
 from trainer_client.batches import Batch, Stager
-from trainer_client.checkpoint import pack_state, unpack_state
+from trainer_client.checkpoint import ledger_head_of, pack_state, unpack_state
 from trainer_client.delivery_log import DeliveryLog
 from trainer_client.peers import Peers
 from trainer_client.probe import GradientProbe
@@ -62,6 +62,7 @@ class Session(StepRecorder):
         self._taken: TakenSteps | None = None
         self._probe: GradientProbe | None = None
         self._warned_of_no_losses = False
+        self._ledger_head = ""
         self._pid = os.getpid()
         self._closed = False
         self._join(resume)
@@ -72,7 +73,10 @@ class Session(StepRecorder):
     def _join(self, resume: Mapping[str, Any] | None) -> None:
         from trainer_client.joining import join
 
-        parsed = None if resume is None else unpack_state(resume)
+        parsed = None
+        if resume is not None:
+            parsed = unpack_state(resume)
+            self._ledger_head = ledger_head_of(resume)
         if self._peers is None:
             self._member = join(self._control, self._wanted, parsed)
         else:
@@ -239,12 +243,14 @@ class Session(StepRecorder):
             num_steps=self.spec.num_steps,
             most_sequences=most_sequences(self.spec.global_sequences, self.world_size),
             log=self._log,
+            check_process=self._check_not_forked,
         )
 
     def _one_by_one(self, batches: Iterator[Batch], taken: TakenSteps) -> Iterator[Batch]:
         for batch in batches:
             self.use(batch)
             yield batch
+            self._check_not_forked()
             if batch.last_of_step and taken.open(batch.step):
                 raise ValueError(
                     f"end_step() was not called after the last micro-batch of step {batch.step}: "
@@ -301,6 +307,7 @@ class Session(StepRecorder):
     def _send(self, reports: Sequence[StepReport], timeout_s: float) -> ReportAnswer:
         """Send reports, on the reporter's thread, and follow lanes that have moved since."""
         answer = self._control.report_steps(reports, timeout_s=timeout_s)
+        self._ledger_head = answer.ledger_head or self._ledger_head
         if self._feed is not None:
             self._feed.hear_lanes(answer.lanes_version)
         return answer
@@ -343,6 +350,7 @@ class Session(StepRecorder):
             step=self._next_step,
             world_size=self.world_size,
             cursors=self._cursors,
+            ledger_head=self._ledger_head,
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -352,6 +360,7 @@ class Session(StepRecorder):
             ValueError: batches were taken already.
             HeadraceError: see `connect`.
         """
+        self._check_process()
         if self._feed is not None:
             raise ValueError(
                 "load_state_dict() came after batches(): load the state first, or connect() anew"
@@ -393,6 +402,9 @@ class Session(StepRecorder):
     def _check_process(self) -> None:
         if self._closed:
             raise ValueError("the session is closed: connect() again")
+        self._check_not_forked()
+
+    def _check_not_forked(self) -> None:
         if os.getpid() != self._pid:
             raise ValueError(
                 f"this session belongs to process {self._pid}, not to its fork {os.getpid()}: use "

@@ -8,7 +8,7 @@ follows `end_step` alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from protos.errors import ConfigError
@@ -30,12 +30,20 @@ class TakenSteps:
     """Takes steps from the stager and yields their micro-batches; each step is taken once."""
 
     def __init__(
-        self, stager: Stager, *, num_steps: int, most_sequences: int, log: DeliveryLog | None
+        self,
+        stager: Stager,
+        *,
+        num_steps: int,
+        most_sequences: int,
+        log: DeliveryLog | None,
+        check_process: Callable[[], None],
     ) -> None:
+        """`check_process` raises where the stager's threads are not: in a fork."""
         self.stager = stager
         self._num_steps = num_steps
         self._most_sequences = most_sequences
         self._log = log
+        self._check_process = check_process
         self._taken: dict[Step, TakenStep] = {}
         self.data_wait_s = 0.0
 
@@ -43,6 +51,7 @@ class TakenSteps:
         """Yield the micro-batches from a step on that has not been ended."""
         for number in range(first_step, self._num_steps):
             step = Step(number)
+            self._check_process()
             taken = self._take(step)
             for batch in split(
                 taken.staged, micro_batch=micro_batch, most_sequences=self._most_sequences

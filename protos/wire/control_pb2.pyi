@@ -298,6 +298,7 @@ class ReportResponse(_message.Message):
     LANES_VERSION_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     OBSERVED_THROUGH_FIELD_NUMBER: _builtins.int
+    LEDGER_HEAD_FIELD_NUMBER: _builtins.int
     plan_version: _builtins.int
     sealed_through: _builtins.int
     counted: _builtins.bool
@@ -308,6 +309,8 @@ class ReportResponse(_message.Message):
     """of the controller: grows with each that opens the ledger"""
     observed_through: _builtins.int
     """what was decided upon these steps is in the ledger; -1: none yet"""
+    ledger_head: _builtins.str
+    """ROW:HASH of its last row, to be kept elsewhere; empty: not told"""
     def __init__(
         self,
         *,
@@ -317,10 +320,11 @@ class ReportResponse(_message.Message):
         lanes_version: _builtins.int = ...,
         epoch: _builtins.int = ...,
         observed_through: _builtins.int = ...,
+        ledger_head: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counted", b"counted", "epoch", b"epoch", "lanes_version", b"lanes_version", "observed_through", b"observed_through", "plan_version", b"plan_version", "sealed_through", b"sealed_through"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counted", b"counted", "epoch", b"epoch", "lanes_version", b"lanes_version", "ledger_head", b"ledger_head", "observed_through", b"observed_through", "plan_version", b"plan_version", "sealed_through", b"sealed_through"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

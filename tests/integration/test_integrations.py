@@ -19,6 +19,7 @@ import trainer_client
 from deploy.history import Delivery
 from protos.errors import ConfigError
 from tests.fakes_consumer import ConsumedRun, consumed_run, write_corpus, write_run
+from tests.harness_runs import wait_until
 from trainer_client import Session
 
 pytestmark = [
@@ -333,6 +334,7 @@ def test_distributed_checkpoint_keeps_the_sessions_state(
         batch = next(batches)
         session.record_losses(torch.rand(20, 16) * batch.loss_mask, batch)
         session.end_step()
+    wait_until(lambda: "ledger_head" in session.state_dict(), timeout_s=30, what="its first answer")
     saved = session.state_dict()
     dcp: Any = torch.distributed.checkpoint
     dcp.save({"data": session}, checkpoint_id=tmp_path)
@@ -340,7 +342,11 @@ def test_distributed_checkpoint_keeps_the_sessions_state(
         assert other.first_step == 0
         dcp.load({"data": other}, checkpoint_id=tmp_path)
         assert other.first_step == 3
+        # A fresh session asks for no head of the ledger; the checkpoint holds it all the same.
+        del saved["ledger_head"]
         assert {**other.state_dict(), "cursors": {}} == {**saved, "cursors": {}}
+    metadata = dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
+    assert "data.ledger_head" in metadata
 
 
 def test_importing_the_client_imports_no_framework() -> None:

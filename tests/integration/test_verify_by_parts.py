@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from typer.testing import CliRunner
 from deploy.commands import app
 from deploy.report import examine
 from tests.fakes_consumer import DOMAINS, consumed_run, write_corpus, write_run
+from trainer_client import merge_states
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(100)]
 
@@ -44,3 +48,35 @@ def test_an_index_that_is_not_the_runs_is_told_before_all_else(tmp_path: Path) -
     (out / "index.parquet").write_bytes(b"PAR1 and no more")
     damaged = CliRunner().invoke(app, ["verify", str(out)])
     assert damaged.exit_code == 4, damaged.output
+
+
+@pytest.mark.fault_row(22, "a run's ledger put back to an earlier state of itself")
+def test_a_ledger_that_was_put_back_is_told_by_the_head_in_a_checkpoint(
+    tmp_path: Path, record_injections: Callable[..., None]
+) -> None:
+    out, earlier = tmp_path / "out", tmp_path / "earlier.sqlite"
+    run_file = write_run(out, write_corpus(tmp_path / "data"), steps=12)
+
+    def after_step(step: int) -> None:
+        if step == 0:
+            with closing(sqlite3.connect(out / "ledger.sqlite")) as database:
+                database.execute("VACUUM INTO ?", (str(earlier),))
+
+    with consumed_run(run_file) as run:
+        states = run.consume(2, until=12, keep=(9,), after_step=after_step)
+    head = merge_states(states[9])["ledger_head"]
+    verified = CliRunner().invoke(app, ["verify", str(out), "--head", head, "--json"])
+    assert verified.exit_code == 0, verified.output
+    newest = json.loads(verified.stdout)["ledger_head"]
+    assert int(newest.split(":")[0]) > int(head.split(":")[0])
+    for left in out.glob("ledger.sqlite*"):
+        left.unlink()
+    earlier.rename(out / "ledger.sqlite")
+    for kept in (head, newest):
+        put_back = CliRunner().invoke(app, ["verify", str(out), "--head", kept])
+        assert put_back.exit_code == 5, put_back.output
+        assert "was rolled back to an older state" in put_back.stderr
+    record_injections(1, "its own chain is sound")
+    refused = CliRunner().invoke(app, ["verify", str(out), "--head", "newest"])
+    assert refused.exit_code == 2
+    assert "a ledger's head is ROW:HASH" in refused.stderr

@@ -221,7 +221,9 @@ def _same(left: Any, right: Any) -> bool:
             codec.report_from_proto,
         ),
         (
-            ReportAnswer(plan_version=1, sealed_through=-1, counted=True),
+            ReportAnswer(
+                plan_version=1, sealed_through=-1, counted=True, ledger_head="7:" + "a" * 64
+            ),
             codec.report_answer_to_proto,
             codec.report_answer_from_proto,
         ),

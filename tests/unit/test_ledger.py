@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from controller.ledger import Ledger, read_rows, reading_ledger, verify
+from controller.ledger_head import hold_against_head
 from controller.ledger_lock import LedgerLock
 from controller.ledger_schema import (
     Entry,
@@ -25,7 +27,7 @@ from controller.ledger_schema import (
     step_record_of,
 )
 from controller.observation import StepObservation
-from protos.errors import AlreadyServing, LedgerError
+from protos.errors import AlreadyServing, ConfigError, LedgerError
 from protos.types import Generation, Lane, Mixture, Plan, Step
 
 PLAN = Plan(
@@ -196,3 +198,53 @@ def test_rows_are_found_by_kind_and_step(tmp_path: Path) -> None:
         newest = [row.seq for row in ledger.rows(Kind.EVENT, max_step=3, newest_first=True)]
         assert newest == [4, 3, 2]
         assert [row.seq for row in ledger.rows(Kind.EVENT, Kind.PLAN)] == [1, 2, 3, 4, 5]
+
+
+def _hold(path: Path, head: str) -> None:
+    with reading_ledger(path) as database:
+        verify(database, path)
+        hold_against_head(database, path, head)
+
+
+@pytest.mark.fault_row(
+    22, "a ledger rolled back whole, or written anew, with a chain that is sound"
+)
+def test_a_ledger_that_was_rolled_back_is_told_by_a_head_that_was_kept_elsewhere(
+    tmp_path: Path, record_injections: Callable[..., None]
+) -> None:
+    path, heads, copies = tmp_path / "ledger.sqlite", [], []
+    with Ledger(path) as ledger:
+        assert ledger.head == f"0:{'0' * 64}"
+        for number in range(6):
+            ledger.commit([event_entry("something", step=number)])
+            heads.append(ledger.head)
+            copies.append(tmp_path / f"{number}.sqlite")
+            with closing(sqlite3.connect(path)) as database:
+                database.execute("VACUUM INTO ?", (str(copies[-1]),))
+    with Ledger(path) as ledger:
+        assert ledger.head == heads[-1], "as a controller that is started again tells it"
+    for head in [f"0:{'0' * 64}", *heads]:
+        _hold(path, head)
+    for kept, head in enumerate(heads):
+        for number, copy in enumerate(copies):
+            if number >= kept:
+                _hold(copy, head)
+                continue
+            with pytest.raises(LedgerError, match=rf"ends at row {number + 1}, but had row"):
+                _hold(copy, head)
+            record_injections(1, "rolled back")
+    anew = tmp_path / "anew.sqlite"
+    with Ledger(anew) as ledger:
+        ledger.commit([event_entry("something else", step=number) for number in range(9)])
+    for head in heads:
+        with pytest.raises(LedgerError, match=r"row \d of the ledger .* written anew"):
+            _hold(anew, head)
+        record_injections(1, "written anew")
+
+
+@pytest.mark.parametrize("head", ["", "7", "7:abc", f"-1:{'0' * 64}", f"1:{'A' * 64}", "x" * 999])
+def test_what_is_no_head_is_refused_in_one_sentence(tmp_path: Path, head: str) -> None:
+    path = tmp_path / "ledger.sqlite"
+    _write(path)
+    with pytest.raises(ConfigError, match="a ledger's head is ROW:HASH, .* got '"):
+        _hold(path, head)

@@ -12,8 +12,9 @@ import pytest
 
 from controller.history import book_from, cursors_before, read_history
 from controller.ledger import Ledger, read_rows, reading_ledger, verify
+from controller.ledger_head import head_text, hold_against_head
 from controller.ledger_schema import Kind, Row, plan_of
-from protos.errors import LedgerError
+from protos.errors import ConfigError, LedgerError
 from protos.spec import RunSpec
 from protos.types import Step
 from tests.fakes_controller import ODM, Bench, bench, make_beat, small_run
@@ -84,6 +85,19 @@ def test_old_reports_are_dropped_and_plans_are_not(tmp_path: Path) -> None:
             book, same = (book_from(each, Step(at), spec) for each in (ledger, other))
             assert book.carry(Step(at + 1)).tolist() == same.carry(Step(at + 1)).tolist()
         assert read_history(ledger, spec).observed_through == NUM_STEPS - 1
+
+
+def test_a_head_is_held_against_what_is_left_and_one_of_a_dropped_row_is_said_to_be(
+    tmp_path: Path,
+) -> None:
+    rows, path, _ = _run(tmp_path, KEEP)
+    with closing(sqlite3.connect(path)) as database:
+        for seq, row_hash in database.execute("SELECT seq, hash FROM ledger").fetchall():
+            hold_against_head(database, path, head_text(seq, row_hash))
+        left = {seq for (seq,) in database.execute("SELECT seq FROM ledger")}
+        dropped = min(set(range(1, rows[-1].seq)) - left)
+        with pytest.raises(ConfigError, match=rf"row {dropped} of .* was dropped since"):
+            hold_against_head(database, path, head_text(dropped, bytes(32)))
 
 
 def test_a_pruned_ledger_stays_small(tmp_path: Path) -> None:

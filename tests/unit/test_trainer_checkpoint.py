@@ -36,6 +36,16 @@ def test_merging_keeps_every_lane_once_in_order() -> None:
     assert unpack_state(merged).step == 4
 
 
+def test_merging_keeps_the_newest_head_of_the_ledger_and_states_of_before_there_was_one() -> None:
+    states = [
+        {**state(lane), "ledger_head": f"{row}:{'a' * 64}"} for lane, row in enumerate((9, 10))
+    ]
+    old = state(2)
+    assert merge_states([*states, old])["ledger_head"] == f"10:{'a' * 64}"
+    assert "ledger_head" not in {**old, **merge_states([old])}
+    assert unpack_state(old).step == 4
+
+
 @pytest.mark.fault_row(14, "states of two checkpoints, mixed")
 @pytest.mark.parametrize(
     ("other", "sentence"),
