@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -130,6 +130,21 @@ class Aggregator:
         newest_step = max(step for step, _ in self._first_heard.values())
         last_heard_s = max(heard_s for _, heard_s in self._first_heard.values())
         return self.next_step < newest_step and self._now() - last_heard_s < RESEND_S
+
+    @property
+    def reported_by_all(self) -> int:
+        """The last step that every rank has reported, or one after it; -1: a rank is missing."""
+        return min(self._newest.values()) if len(self._newest) == self.world_size else -1
+
+    def trained_with(self) -> Iterator[tuple[Step, int]]:
+        """Yield the next steps that all ranks reported with one and the same plan, and the plan."""
+        step = self.next_step
+        while (found := self._pending.get(step)) and len(found.by_rank) == self.world_size:
+            versions = {report.plan_version for report in found.by_rank.values()}
+            if len(versions) > 1:
+                return
+            yield step, versions.pop()
+            step = Step(step + 1)
 
     def waiting_since_s(self) -> float | None:
         """Return when the first report came of the next step or a later one; None: none has."""

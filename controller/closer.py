@@ -184,6 +184,7 @@ class StepCloser:
             and self._now() - started_s < _AT_ONCE_S
             and group is self._state.group
             and group.is_complete()
+            and self._state.told_by_ranks() is None
             and not self._saving.ends_with(last)
         )
 

@@ -120,6 +120,20 @@ async def propose_ahead(rows: Sequence[StepRow], state: RunState, hands: Hands) 
         row.proposals, proposals = fitting, proposals[len(fitting) :]
 
 
+def _composed_through(draft: Draft, state: RunState, hands: Hands) -> int:
+    """Return the last step that was composed, as workers say, or ranks where those are dead.
+
+    What every rank has reported was composed, and what was before a step that a rank waits for.
+    """
+    workers, generation = hands.workers, state.generation
+    needed = workers.needed_beyond(draft.sealed_through, generation)
+    return max(
+        workers.composed_through(generation),
+        state.trained_by_all,
+        -1 if needed is None else needed - 1,
+    )
+
+
 def choose_all(
     proposals: Sequence[tuple[Step, Advice]],
     draft: Draft,
@@ -130,7 +144,7 @@ def choose_all(
     """Decide on the steps of `proposals`, one after the other; return the reasons."""
     guard = hands.guard
     epochs = delivered_epochs(state.cursors, state.spec) if guard.counts_epochs else None
-    composed_through = hands.workers.composed_through(state.generation)
+    composed_through = _composed_through(draft, state, hands)
     reasons: list[str] = []
     for target, advice in proposals:
         choice = choose(

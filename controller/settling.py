@@ -14,7 +14,7 @@ from controller.threads import Signal
 from controller.workers import Workers
 from protos.errors import InvalidMessage
 from protos.failpoints import DurableWrite
-from protos.types import WorkerBeat
+from protos.types import AloneSteps, WorkerBeat
 
 logger = logging.getLogger(__name__)
 
@@ -90,25 +90,32 @@ class Settling:
             LedgerError: it could not be written.
         """
         self.is_due = self.is_due or self._is_contradicted()
-        if not self.is_due:
-            return True
-        if not self._workers.are_settled():
-            return False
-        async with writing:
-            await self.amend()
-        self.is_due = False
-        self._changed.notify()
+        if self.is_due:
+            if not self._workers.are_settled():
+                return False
+            async with writing:
+                await self.amend()
+            self.is_due = False
+            self._changed.notify()
+        # Workers that are dead say nothing; what they composed the ranks have trained on.
+        if (told := self._state.told_by_ranks()) is not None:
+            async with writing:
+                await self.amend((told,))
+            self._changed.notify()
         return True
 
-    async def amend(self) -> None:
-        """Have the ledger follow what workers composed alone; the lock on writing is held.
+    async def amend(self, told_by_ranks: tuple[AloneSteps, ...] = ()) -> None:
+        """Have the ledger follow what was composed alone; the lock on writing is held.
+
+        Args:
+            told_by_ranks: what ranks say, in place of what workers do; empty: what workers say.
 
         Raises:
             LedgerError: it could not be written; the plans stay as they are.
         """
         self.is_amending = True
         try:
-            amendment = self._amendment()
+            amendment = self._amendment(told_by_ranks)
             if amendment.entries:
                 await self._scribe.commit(amendment.entries, _AMEND)
                 self._state.amended(amendment)
@@ -139,8 +146,9 @@ class Settling:
         self._checked = at_hand
         return bool(self._amendment().entries)
 
-    def _amendment(self) -> Amendment:
+    def _amendment(self, told_by_ranks: tuple[AloneSteps, ...] = ()) -> Amendment:
         workers, generation = self._workers, self._state.generation
         return self._state.amendment(
-            workers.alone(generation), heard_through=workers.heard_through(generation)
+            told_by_ranks or workers.alone(generation),
+            heard_through=workers.heard_through(generation),
         )

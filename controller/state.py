@@ -141,6 +141,42 @@ class RunState:
         own = (each for each in self._splits if each.first_step <= step <= each.last_step)
         return versions - {planned, *(each.plan_version for each in own)}
 
+    def told_by_ranks(self) -> AloneSteps | None:
+        """Return the next steps that all ranks trained with one plan, older than the ledger's.
+
+        The workers that composed them alone may be dead. What is reported is the newest plan among
+        a rank's lanes; steps before, whose reports were lost, had it too if it was theirs already.
+        """
+        if self.group is None:
+            return None
+        found: list[Step] = []
+        version = 0
+        for step, plan_version in self.group.trained_with():
+            if not found:
+                is_known = any(each.first_step <= step <= each.last_step for each in self._splits)
+                if is_known or not 1 <= plan_version < self.book.plan_at(step).version:
+                    return None
+                version = plan_version
+            if plan_version != version:
+                break
+            found.append(step)
+        if not found:
+            return None
+        first, last_known = found[0], Step(self.confirmed_through)
+        if 0 <= last_known < first and self.book.plan_at(last_known).version == version:
+            first = Step(last_known + 1)
+        return AloneSteps(
+            first_step=first,
+            last_step=found[-1],
+            plan_version=version,
+            lanes=tuple(Lane(lane) for lane in range(self.spec.lanes)),
+        )
+
+    @property
+    def trained_by_all(self) -> int:
+        """The last step that every rank of the generation has reported; -1: a rank is missing."""
+        return self.group.reported_by_all if self.group is not None else -1
+
     def _note_splits(self, splits: Sequence[AloneSteps]) -> None:
         self._splits.extend(splits)
         for split in splits:

@@ -246,6 +246,7 @@ class Bench:
     async def report_step(self, step: int, *, world_size: int = 1, **more: Any) -> None:
         """Have all ranks report a step, and let the loop do what follows from it."""
         more.setdefault("generation", self.state.generation)
+        more.setdefault("plan_version", self.state.book.plan_at(Step(step)).version)
         for rank in range(world_size):
             report = make_report(self.spec, rank=rank, world_size=world_size, step=step, **more)
             await self.service.report(report)

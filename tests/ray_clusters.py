@@ -153,10 +153,14 @@ def ray_cluster(address: str, **environment: str) -> Iterator[RayCluster]:
 
 
 def start_head(
-    cluster: RayCluster, *options: str, prefix: Sequence[str] = (), num_cpus: int = 4
+    cluster: RayCluster,
+    *options: str,
+    prefix: Sequence[str] = (),
+    num_cpus: int = 4,
+    name: str = "head",
 ) -> RayNode:
-    """Start the cluster's head where its address says."""
+    """Start the cluster's head where its address says; a second one needs another name."""
     port = cluster.address.rpartition(":")[2]
     where = ["--head", "--port", port, "--include-dashboard", "false"]
     where += ["--temp-dir", str(cluster.folder / "r"), *options]
-    return cluster.start("head", *where, prefix=prefix, num_cpus=num_cpus)
+    return cluster.start(name, *where, prefix=prefix, num_cpus=num_cpus)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from controller.aggregate import RESEND_S
 from controller.history import read_history
 from controller.ledger import Ledger
 from controller.ledger_schema import Kind
@@ -20,6 +21,7 @@ from tests.fakes_controller import (
     bench,
     join_request,
     make_beat,
+    make_report,
     places_after,
     resume_at,
     small_run,
@@ -212,21 +214,64 @@ def test_a_worker_cannot_have_composed_what_there_is_not(
     asyncio.run(scenario())
 
 
-def test_a_plan_that_ranks_had_and_the_ledger_has_not_is_disputed_once_for_steps_in_a_row(
+@pytest.mark.parametrize("first_heard", [3, 4, 5])
+def test_where_the_workers_are_dead_the_ledger_follows_what_all_ranks_trained_with(
+    tmp_path: Path, first_heard: int
+) -> None:
+    async def scenario() -> None:
+        clock = [1000.0]
+        await _left_in_doubt(tmp_path)
+        with bench(small_run(tmp_path), now=lambda: clock[0]) as controller:
+            # A worker that is new: it has composed nothing, and is not told of plans yet.
+            stream = controller.service.watch_plans("worker-0", answers=True)
+            assert (await _next(stream)).asked
+            _beat(controller)
+            await controller.settle()
+            assert _amends(controller.ledger) == []
+            for step in range(first_heard, 8):
+                report = make_report(
+                    controller.spec, rank=0, world_size=1, step=step, plan_version=2, degraded=True
+                )
+                await controller.service.report(report)
+            await controller.settle()
+            # Reports of the steps before are waited for a while.
+            clock[0] += 2 * RESEND_S
+            await controller.settle()
+            # Also for a step whose report was lost, where ranks had the plan before and after.
+            assert _amends(controller.ledger) == [(4, 7, 2, None)]
+            book = controller.state.book
+            assert [book.plan_at(Step(step)).version for step in range(2, 8)] == [2] * 6
+            # What the policy proposes upon these steps holds for none of them.
+            assert all(plan.first_step not in range(3, 8) for plan in controller.plans)
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(scenario())
+
+
+def test_a_plan_that_some_rank_had_and_the_ledger_has_not_is_disputed_once_for_steps_in_a_row(
     tmp_path: Path,
 ) -> None:
     async def scenario() -> None:
         policy = ScriptedPolicy(lambda step: (0, 0, 1) if step >= 4 else (1, 0, 0))
         with bench(small_run(tmp_path), policy=policy) as controller:
-            await controller.join_all(1)
+            await controller.join_all(2)
+
+            async def report(step: int, *versions: int) -> None:
+                for rank, version in enumerate(versions):
+                    spec = controller.spec
+                    await controller.service.report(
+                        make_report(spec, rank=rank, world_size=2, step=step, plan_version=version)
+                    )
+                await controller.settle()
+
             for step, version in enumerate([1, 1, 2, 2, 2, 2, 3]):
-                await controller.report_step(step, plan_version=version)
+                await report(step, version, controller.state.book.plan_at(Step(step)).version)
             own = _alone(7, 7, 2, lanes=(0, 1))
             controller.workers.told_plans("worker-0")
             _beat(controller, composed_through=7, sealed_through=8, alone=(own,))
             _beat(controller, composed_through=7, sealed_through=8, alone=(own,))
             await controller.settle()
-            await controller.report_step(7, plan_version=2)
+            await report(7, 2, 3)
             await controller.loop.flush()
             events = controller.ledger.rows(Kind.EVENT)
             disputed = [row for row in events if row.body["event"] == "plan disputed"]
