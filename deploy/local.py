@@ -127,7 +127,6 @@ def _train(
             num_actors = 1 + config.workers.count
             ray = local_ray(folder, num_actors=num_actors, logs=logs, family=family, stop=stop)
             stack.enter_context(ray)
-            stop.install()
             # Imports Ray, which must find the environment that `local_ray` has prepared.
             from deploy.actors import start_controller, stop_actors
             from deploy.pool import WorkerPool

@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -103,8 +104,12 @@ def local_ray(
                 logging_level=logging.ERROR,
                 _temp_dir=str(folder),
             )
-        except (KeyboardInterrupt, SystemExit):
-            # The latter is Ray's answer to SIGTERM, which it takes while it starts.
+        except KeyboardInterrupt:
+            _shut_down(family, stop)
+            raise
+        except SystemExit:
+            # Ray's answer to SIGTERM, which it takes while it starts; a second one is ours.
+            stop.heard(signal.SIGTERM)
             _shut_down(family, stop)
             raise KeyboardInterrupt from None
         except Exception as error:
@@ -113,6 +118,7 @@ def local_ray(
             raise HeadraceError(
                 f"Ray did not start: {reason}; `headrace doctor` says what it lacks"
             ) from error
+        stop.install()
         try:
             yield
         finally:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from protos.errors import ConfigError, DataError
@@ -54,12 +55,9 @@ def in_processes(num_processes: int) -> Mapper:
         # Not forked: this process may hold threads of a store's connections.
         context = multiprocessing.get_context("spawn")
         count = min(num_processes, len(items))
-        # Ctrl-C reaches them as well, and is this process' affair.
-        deaf = (signal.SIGINT, signal.SIG_IGN)
-        with ProcessPoolExecutor(
-            count, mp_context=context, initializer=signal.signal, initargs=deaf
-        ) as pool:
-            futures = deque(pool.submit(function, item) for item in items)
+        with ProcessPoolExecutor(count, mp_context=context) as pool:
+            with _children_deaf_to_interrupts():
+                futures = deque(pool.submit(function, item) for item in items)
             try:
                 while futures:
                     yield futures.popleft().result()
@@ -77,6 +75,20 @@ def in_processes(num_processes: int) -> Mapper:
                     future.cancel()
 
     return mapper
+
+
+@contextmanager
+def _children_deaf_to_interrupts() -> Iterator[None]:
+    """Have processes that start in the block never hear of Ctrl-C, which is this process' affair.
+
+    They inherit what is blocked, and so have no moment in which they would die of it with a
+    traceback. Here it waits for the end of the block.
+    """
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def on_ray(address: str) -> Mapper:

@@ -56,12 +56,21 @@ class StopSignals:
             former = signal.signal(number, self._handle)
             self._former.setdefault(number, former)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def heard(self, number: int) -> None:
+        """Take the signals again from a library that has answered `number` in its own way."""
+        self._raises = False
+        self._note(number)
+        self.install()
+
+    def _note(self, number: int) -> None:
         if self._asked.is_set():
             self._hurry.set()
         else:
             self.signal, self._asked_s = number, time.monotonic()
             self._asked.set()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._note(number)
         if self._raises:
             # Once: what is tidied up then must not be interrupted.
             self._raises = False

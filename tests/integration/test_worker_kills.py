@@ -71,7 +71,8 @@ def _kill_often(tmp_path: Path, *, num_kills: int, num_steps: int) -> tuple[Find
     assert global_batches(findings.history.deliveries) == expected
     assert findings.history.num_superseded == num_again * 20
     assert findings.record.num_generations == 3
-    assert findings.record.events["worker lost"] >= num_kills
+    # The last one may come so late that the run ends before the worker is missed.
+    assert findings.record.events["worker lost"] >= num_kills - 1
     assert findings.account.num_sequences == len(expected) == num_steps * 20
     return findings, killer.kills
 
