@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 MAX_BYTES = 4096
@@ -14,6 +16,14 @@ MEMORY_MB = 2048
 ONE_S = 20
 """Seconds that a single input may take."""
 
+START_S = 120
+MOST_S = 0.05
+"""What a target may take to start, and for each execution in the mean; it is ended after that."""
+
+LOOK_EVERY_S = 0.5
+GRACE_S = 5.0
+
+_LAST_FIGURE = "peak_rss_mb"
 _PACKAGES = ["controller", "loader_workers", "protos", "trainer_client"]
 
 
@@ -42,19 +52,42 @@ def fuzz_all(names: list[str], count: int, seed: int) -> int:
     total = 0
     for name in names:
         command = [sys.executable, "-m", "tests.fuzz", "--only", name]
-        done = subprocess.run(
-            [*command, "--count", str(count), "--seed", str(seed)], capture_output=True, text=True
-        )
-        ran = _figure("number_of_executed_units", done.stderr)
-        peak = _figure("peak_rss_mb", done.stderr)
+        status, said = _run([*command, "--count", str(count), "--seed", str(seed)], count)
+        ran = _figure("number_of_executed_units", said)
+        peak = _figure(_LAST_FIGURE, said)
         total += ran
-        ok = done.returncode == 0 and ran >= count
+        ok = status == 0 and ran >= count
         print(f"{name:16} {ran:>9} executions {peak:>5} MiB {'ok' if ok else 'FAILED'}", flush=True)
         if not ok:
             failed = True
-            print(done.stderr[-4000:], file=sys.stderr)
+            print(said[-4000:], f"ended with {status}", file=sys.stderr)
     print(f"{'all':16} {total:>9} executions")
     return int(failed)
+
+
+def _run(command: list[str], count: int) -> tuple[int, str]:
+    """Return a target's exit status, and what it said.
+
+    One that has said its last figure is done: threads of a library may keep it from ending.
+    """
+    deadline = time.monotonic() + START_S + count * MOST_S
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch) / "log"
+        with log.open("ab") as output:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=output)
+        status, said, done_s = None, "", None
+        while status is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(LOOK_EVERY_S)
+            said = log.read_text(errors="replace")
+            if done_s is None and _figure(_LAST_FIGURE, said):
+                done_s = time.monotonic()
+            is_done = done_s is not None and time.monotonic() - done_s > GRACE_S
+            if status is None and (is_done or time.monotonic() > deadline):
+                process.kill()
+                process.wait()
+                status = 0 if is_done else process.returncode
+    return status, said
 
 
 def _figure(name: str, text: str) -> int:
