@@ -203,7 +203,8 @@ def assert_nothing_left(run: HarnessRun, traces: Traces, shm_before: set[str]) -
     # What was killed needs a moment of a busy machine to be gone.
     wait_until(lambda: not run.processes(), timeout_s=3, what="the end of all processes")
     assert not traces.sockets & listening_sockets()
-    assert [*run.temporary.rglob("*")] == []
+    left = [str(path.relative_to(run.temporary)) for path in run.temporary.rglob("*")]
+    assert left == [], (left, run.text())
     # What others on this machine make there goes away again by itself; what is left stays.
     wait_until(
         lambda: not abandoned_shared_memory(shm_before), timeout_s=20, what="an empty /dev/shm"
