@@ -11,12 +11,13 @@ install: $(STAMP)
 # One environment with pinned versions; made anew only when the pins or the project's own needs change.
 # Every file is held against the hashes in requirements.lock, but for torch and what it alone needs:
 # which build of it there is depends on the machine, so it is installed by its pinned version.
-$(STAMP): constraints.txt requirements.lock pyproject.toml
+$(STAMP): constraints.txt requirements.lock tests/integration/torchtitan.lock pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Headrace needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11 $(MAKECMDGOALS)" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r tests/integration/torchtitan.lock
 	touch $(STAMP)
 
 # The whole system on this machine, on real text; ends with a short report. A run that is there
@@ -52,10 +53,13 @@ soak: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(ARGS)
 
 # The hashes of all files of the pinned releases, as the package index has them, looked up anew after
-# a change of the pins. Writes requirements.lock; the tool is in an environment of its own.
+# a change of the pins. Writes requirements.lock, and one for torchtitan; the tool is in an
+# environment of its own.
+LOCKED := --quiet --no-deps --generate-hashes --python-version 3.11 --no-header --no-annotate
 .PHONY: lock
 lock: .venv-lock/.installed
-	.venv-lock/bin/uv pip compile constraints.txt tests/integration/torchtitan.txt --quiet --no-deps --generate-hashes --python-version 3.11 --no-header --no-annotate --no-emit-package torch --no-emit-package atheris --output-file requirements.lock
+	.venv-lock/bin/uv pip compile constraints.txt $(LOCKED) --no-emit-package torch --no-emit-package atheris --output-file requirements.lock
+	.venv-lock/bin/uv pip compile tests/integration/torchtitan.txt $(LOCKED) --output-file tests/integration/torchtitan.lock
 
 .venv-lock/.installed:
 	$(PYTHON) -m venv .venv-lock

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +73,7 @@ class HarnessRun:
         log: Path,
         command: str = "run",
         environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
         self._mark = uuid.uuid4().hex
         self.log = log
@@ -81,7 +82,7 @@ class HarnessRun:
         marks = {MARK: self._mark, "TMPDIR": str(self.temporary)}
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "deploy.cli", command, *arguments],
+                [*prefix, sys.executable, "-m", "deploy.cli", command, *arguments],
                 cwd=ROOT,
                 env={**os.environ, **(environment or {}), **marks},
                 stdin=subprocess.DEVNULL,
@@ -131,9 +132,10 @@ def harness_run(
     log: Path,
     command: str = "run",
     environment: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
 ) -> Iterator[HarnessRun]:
-    """Start a command; at the end nothing of it is left."""
-    run = HarnessRun(arguments, log=log, command=command, environment=environment)
+    """Start a command, after `prefix`; at the end nothing of it is left."""
+    run = HarnessRun(arguments, log=log, command=command, environment=environment, prefix=prefix)
     try:
         yield run
     finally:
@@ -141,9 +143,11 @@ def harness_run(
         subprocess.run(["rm", "-rf", str(run.temporary)], check=True)
 
 
-def complete(arguments: list[str], *, log: Path, timeout_s: float = 120) -> HarnessRun:
+def complete(
+    arguments: list[str], *, log: Path, timeout_s: float = 120, prefix: Sequence[str] = ()
+) -> HarnessRun:
     """Run to the end and expect that it goes well."""
-    with harness_run(arguments, log=log) as run:
+    with harness_run(arguments, log=log, prefix=prefix) as run:
         code = run.process.wait(timeout_s)
         assert code == 0, run.text()
         return run

@@ -1,39 +1,34 @@
-"""`headrace run` where there is no network but loopback: what it needs is all there."""
+"""Nothing is looked up, fetched or told elsewhere at run time."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.harness_runs import ROOT, write_corpus
+from tests.harness_runs import complete
+from tests.net_nodes import network
 
-# In namespaces of their own, so that nothing outlives the command either.
-ALONE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
-STEPS = 3
+CLOUD = "169.254.169.254"
+"""Where clouds tell a machine of itself; Ray looks up a name for that, too."""
 
 
 @pytest.mark.long
-@pytest.mark.timeout(480)
-def test_a_run_with_loopback_alone_trains_to_its_end(tmp_path: Path) -> None:
-    try:
-        subprocess.run([*ALONE, "ip", "link", "set", "lo", "up"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"NOT TESTED: a network namespace cannot be made here: {error}")
-    data, out = write_corpus(tmp_path / "data"), tmp_path / "out"
-    arguments = ["--out", str(out), "--data", str(data), "--steps", str(STEPS)]
-    arguments += ["--sequence-length", "32", "--global-sequences", "8", "--lanes", "4"]
-    script = 'ip link set lo up && exec "$@"'
-    command = [sys.executable, "-m", "deploy.cli", "run", *arguments]
-    done = subprocess.run(
-        [*ALONE, "sh", "-c", script, "sh", *command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=420,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((out / "report.json").read_text())["steps"] == STEPS
+@pytest.mark.timeout(300)
+def test_a_run_on_text_of_this_machine_sends_nothing_to_another(tmp_path: Path) -> None:
+    """But for Ray, which asks the machine's cloud for its name, also with usage statistics off."""
+    with network() as net:
+        net.add("alone")
+        for which in (("-d", CLOUD), ("-p", "udp", "--dport", "53")):
+            net.let_vanish("alone", *which)
+        net.lose("alone", 1.0)
+        arguments = ["--out", str(tmp_path / "out"), "--steps", "20", "--policy", "acodm"]
+        complete(arguments, log=tmp_path / "log", timeout_s=240, prefix=net.on("alone"))
+        assert net.lose_no_more("alone") == 0
+        # What is sent is counted.
+        net.lose("alone", 1.0)
+        send = "import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'?', ('192.0.2.1', 9))"
+        subprocess.run([*net.on("alone"), sys.executable, "-c", send], check=False, timeout=30)
+        assert net.lose_no_more("alone") == 1

@@ -9,9 +9,16 @@ import zipfile
 from hashlib import sha256
 from pathlib import Path
 
+import pytest
+
 from tests.supply.sbom import ROOT, read_pins
 
-LOCK = ROOT / "requirements.lock"
+LOCKS = {
+    "constraints.txt": "requirements.lock",
+    "tests/integration/torchtitan.txt": "tests/integration/torchtitan.lock",
+}
+"""What is locked, and where."""
+
 BY_VERSION_ALONE = {"torch", "atheris"}
 """Torch's build depends on the machine; only `make fuzz` needs the other, where it has a wheel."""
 
@@ -20,8 +27,8 @@ _ENTRY = re.compile(
 )
 
 
-def _entries() -> dict[str, tuple[str, list[str]]]:
-    text = LOCK.read_text()
+def _entries(lock: Path) -> dict[str, tuple[str, list[str]]]:
+    text = lock.read_text()
     found = list(_ENTRY.finditer(text))
     assert "".join(each[0] for each in found) == text, "nothing else is in it"
     return {
@@ -33,9 +40,9 @@ def _entries() -> dict[str, tuple[str, list[str]]]:
     }
 
 
-def test_every_pinned_release_is_locked_by_hashes() -> None:
-    pins = {**read_pins(), **read_pins(ROOT / "tests/integration/torchtitan.txt")}
-    locked = _entries()
+@pytest.mark.parametrize("pinned", LOCKS)
+def test_every_pinned_release_is_locked_by_hashes(pinned: str) -> None:
+    pins, locked = read_pins(ROOT / pinned), _entries(ROOT / LOCKS[pinned])
     assert {name: version for name, (version, _) in locked.items()} == {
         name: version for name, version in pins.items() if name not in BY_VERSION_ALONE
     }, "`make lock` writes it anew"
