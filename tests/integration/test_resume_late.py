@@ -17,6 +17,9 @@ from controller.ledger_schema import Entry, Kind, cursors_entry, seal_entry
 from protos.types import Cursors, Generation, Step
 from tests.fakes_controller import bench, places_after, resume_at, small_run
 
+# It holds against a clock, so nothing else may run beside it.
+pytestmark = pytest.mark.slow
+
 _AT_ONCE = 20_000
 _SNAPSHOT_EVERY = 100
 

@@ -20,6 +20,8 @@ from tests.learning import worlds
 from tests.learning.contenders import ACODM, BOLD, CONTENDERS, DEBIASED, play
 from tests.learning.environments import Environment, Outcome, bounds, gained
 
+pytestmark = pytest.mark.timeout(240)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
