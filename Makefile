@@ -32,7 +32,7 @@ test: install
 ifdef ARGS
 	$(BIN)/python -m pytest -m 'not long' $(SLOW) $(ARGS)
 else
-	$(BIN)/python -m pytest -m 'not (long or slow or faults)' -n 2 --dist worksteal $(SLOW)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not (long or slow or faults)' -n 2 --dist worksteal --timeout 240 $(SLOW)
 	$(BIN)/python -m pytest -m '(slow or faults) and not long' $(SLOW)
 endif
 
