@@ -46,7 +46,10 @@ def read_deliveries(folder: Path, domains: Sequence[str]) -> list[Delivery]:
     """
     paths = sorted(folder.glob(LOG_PATTERN))
     if not paths:
-        raise DataError(f"{folder} holds no {LOG_PATTERN}: no trainer received anything yet")
+        raise DataError(
+            f"{folder} holds no {LOG_PATTERN}: no trainer received anything yet, or none kept its "
+            "log there (connect(delivery_log=...))"
+        )
     return [delivery for path in paths for delivery in _read_log(path, domains)]
 
 
