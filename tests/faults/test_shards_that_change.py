@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,20 +73,22 @@ def test_token_shards_that_change_under_a_worker_cost_it_neither_its_life_nor_a_
         run.consume(2, until=NUM_STEPS)
         expected = global_batches(run.deliveries())
     harm = {5: _cut, 12: _empty, 19: _overwrite, 26: _remove}
-    hit: list[Path] = []
+    hit = dict.fromkeys(harm, 0)
     with _run_without_windows_in_memory(tmp_path / "harmed", patterns) as run:
 
         def after_step(step: int) -> None:
             if step in harm:
                 for path in sorted((tmp_path / "harmed" / "cache").glob("*.tokens")):
-                    harm[step](path)
-                    hit.append(path)
+                    # One that was harmed before may not have been built again yet.
+                    with contextlib.suppress(OSError):
+                        harm[step](path)
+                        hit[step] += 1
 
         run.consume(2, until=NUM_STEPS, after_step=after_step)
         assert run.workers["w0"].process.poll() is None
         assert global_batches(run.deliveries()) == expected
-    assert len(hit) == 9 * len(harm)
-    record_injections(len(hit), "the same batches, by the same process")
+    assert all(hit.values()), hit
+    record_injections(sum(hit.values()), "the same batches, by the same process")
 
 
 class _HarmsAtFirst:
