@@ -150,9 +150,10 @@ class _TokenFile:
             found = os.preadv(self._descriptor, buffers, at)
         except OSError as error:
             raise NotReady(f"cannot read the token shard {self._path}: {error}") from error
-        if found < num_bytes:
+        # After the read: the time of a change is there before what was changed can be read.
+        if found < num_bytes or not self.is_unchanged():
             raise NotReady(
-                f"somebody cut off the token shard {self._path}, which is built again; open the "
+                f"somebody changed the token shard {self._path}, which is built again; open the "
                 "stream again"
             )
 

@@ -267,8 +267,11 @@ async def _mixtures(
     with bench(config) as made:
         await made.join_all(NUM_RANKS)
         for step in range(NUM_STEPS):
+            version = made.state.book.plan_at(Step(step)).version
             for rank in range(NUM_RANKS):
-                report = make_report(made.spec, rank=rank, world_size=NUM_RANKS, step=step)
+                report = make_report(
+                    made.spec, rank=rank, world_size=NUM_RANKS, step=step, plan_version=version
+                )
                 fields = {slot: getattr(report, slot) for slot in StepReport.__slots__}
                 if rank == 3:
                     fields |= poison(fields)

@@ -77,7 +77,7 @@ def test_a_shard_cut_off_while_it_is_open_ends_the_read_and_not_the_process(tmp_
     assert held.is_unchanged()
     os.truncate(path, path.stat().st_size - 2)
     assert not held.is_unchanged()
-    with pytest.raises(NotReady, match=r"somebody cut off the token shard .*a\.tokens"):
+    with pytest.raises(NotReady, match=r"somebody changed the token shard .*a\.tokens"):
         _ = held.tokens
 
 
