@@ -85,7 +85,7 @@ class TokenShard:
         """Copy runs of tokens: `lengths` of them from each of `starts`, to `places` of `target`.
 
         Raises:
-            NotReady: the file no longer has them.
+            NotReady: the file no longer has them, or was changed.
         """
         order = np.argsort(starts)
         runs = [each[order].tolist() for each in (places, starts, lengths)]
@@ -98,12 +98,18 @@ class TokenShard:
         first = end = 0
         for place, start, length in zip(*runs, strict=True):
             # What lies together in the file is read by one call, wherever it goes.
-            if start != end or len(buffers) == _BUFFERS_A_CALL:
+            if buffers and (start != end or len(buffers) == _BUFFERS_A_CALL):
                 self._file.read_tokens(buffers, first)
-                buffers, first, end = [], start, start
+                buffers = []
+            if not buffers:
+                first = end = start
             buffers.append(whole[place : place + length])
             end += length
-        self._file.read_tokens(buffers, first)
+        if buffers:
+            self._file.read_tokens(buffers, first)
+        # After the reads: the time of a change is there before what was changed can be read.
+        if not self._file.is_unchanged():
+            raise self._file.changed()
 
 
 class _TokenFile:
@@ -143,19 +149,26 @@ class _TokenFile:
             yield self.read(start, min(_HASHED_AT_ONCE, self.num_bytes - start))
 
     def read_tokens(self, buffers: Sequence[memoryview], start: int) -> None:
-        """Fill `buffers`, one after the other, with the tokens from `start` on; raises NotReady."""
+        """Fill `buffers`, one after the other, with the tokens from `start` on.
+
+        Raises:
+            NotReady: they cannot be read, or there are fewer.
+        """
         num_bytes = sum(each.nbytes for each in buffers)
-        at = self.tokens_at + start * (buffers[0].itemsize if buffers else 0)
+        at = self.tokens_at + start * buffers[0].itemsize
         try:
             found = os.preadv(self._descriptor, buffers, at)
         except OSError as error:
             raise NotReady(f"cannot read the token shard {self._path}: {error}") from error
-        # After the read: the time of a change is there before what was changed can be read.
-        if found < num_bytes or not self.is_unchanged():
-            raise NotReady(
-                f"somebody changed the token shard {self._path}, which is built again; open the "
-                "stream again"
-            )
+        if found < num_bytes:
+            raise self.changed()
+
+    def changed(self) -> NotReady:
+        """Return what is raised where somebody has changed the file."""
+        return NotReady(
+            f"somebody changed the token shard {self._path}, which is built again; open the "
+            "stream again"
+        )
 
 
 def write_token_shard(path: Path, documents: Documents) -> None:
