@@ -157,9 +157,10 @@ def read_history(ledger: Ledger, spec: RunSpec) -> History:
         steering.override = None if shares is None else Mixture(tuple(shares))
         steering.frozen = control.body["frozen"]
     wanted, newest_plan = ledger.newest(Kind.WORKERS), ledger.newest(Kind.PLAN)
+    amendments = read_amendments(ledger)
     splits: list[AloneSteps] = []
     if membership is not None:
-        splits = read_amendments(ledger).splits_of(membership.generation)
+        splits = amendments.splits_of(membership.generation)
     return History(
         book=book_from(ledger, floor_of(cursors, sealed_through), spec),
         observed_through=seal.body["observed_through"] if seal is not None else -1,
@@ -173,7 +174,7 @@ def read_history(ledger: Ledger, spec: RunSpec) -> History:
         workers=_enlisted(ledger),
         wanted_workers=wanted.body["wanted"] if wanted is not None else 0,
         newest_version=newest_plan.body["version"] if newest_plan is not None else 1,
-        confirmed_through=_confirmed_through(ledger, membership),
+        confirmed_through=_confirmed_through(ledger, membership, amendments),
         splits=tuple(splits),
         snapshots=[
             (Step(row.step), Path(row.body["path"]))
@@ -182,12 +183,13 @@ def read_history(ledger: Ledger, spec: RunSpec) -> History:
     )
 
 
-def _confirmed_through(ledger: Ledger, membership: Membership | None) -> int:
+def _confirmed_through(
+    ledger: Ledger, membership: Membership | None, amendments: Amendments
+) -> int:
     """Return the newest step's number if ranks had its plan; -1: they had not, or it is old."""
     row = ledger.newest(Kind.STEP)
     if row is None or membership is None or row.body["generation"] != membership.generation:
         return -1
-    amendments = read_amendments(ledger)
     began = ledger.rows(Kind.PLAN, max_step=row.step, newest_first=True)
     plan = next(each for each in began if amendments.holds(each))
     return row.step if plan.body["version"] in row.body["executed_plan_versions"] else -1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import takewhile
 
 from controller import history as past
 from controller.aggregate import Aggregator
@@ -138,8 +139,7 @@ class RunState:
         planned = self.book.plan_at(step).version
         if planned in versions:
             self.confirmed_through = max(self.confirmed_through, step)
-        own = (each for each in self._splits if each.first_step <= step <= each.last_step)
-        return versions - {planned, *(each.plan_version for each in own)}
+        return versions - {planned, *(each.plan_version for each in self._splits_at(step))}
 
     def told_by_ranks(self) -> AloneSteps | None:
         """Return the next steps that all ranks trained with one plan, older than the ledger's.
@@ -147,27 +147,21 @@ class RunState:
         The workers that composed them alone may be dead. What is reported is the newest plan among
         a rank's lanes; steps before, whose reports were lost, had it too if it was theirs already.
         """
-        if self.group is None:
+        reported = self.group.trained_with() if self.group is not None else iter(())
+        if (beginning := next(reported, None)) is None:
             return None
-        found: list[Step] = []
-        version = 0
-        for step, plan_version in self.group.trained_with():
-            if not found:
-                is_known = any(each.first_step <= step <= each.last_step for each in self._splits)
-                if is_known or not 1 <= plan_version < self.book.plan_at(step).version:
-                    return None
-                version = plan_version
-            if plan_version != version:
-                break
-            found.append(step)
-        if not found:
+        first, version = beginning
+        is_older = 1 <= version < self.book.plan_at(first).version
+        if not is_older or self._splits_at(first):
             return None
-        first, last_known = found[0], Step(self.confirmed_through)
-        if 0 <= last_known < first and self.book.plan_at(last_known).version == version:
-            first = Step(last_known + 1)
+        alike = takewhile(lambda each: each[1] == version, reported)
+        last = max((step for step, _ in alike), default=first)
+        known = Step(self.confirmed_through)
+        if 0 <= known < first and self.book.plan_at(known).version == version:
+            first = Step(known + 1)
         return AloneSteps(
             first_step=first,
-            last_step=found[-1],
+            last_step=last,
             plan_version=version,
             lanes=tuple(Lane(lane) for lane in range(self.spec.lanes)),
         )
@@ -176,6 +170,10 @@ class RunState:
     def trained_by_all(self) -> int:
         """The last step that every rank of the generation has reported; -1: a rank is missing."""
         return self.group.reported_by_all if self.group is not None else -1
+
+    def _splits_at(self, step: Step) -> list[AloneSteps]:
+        """Return what lanes had of their own in a step."""
+        return [each for each in self._splits if each.first_step <= step <= each.last_step]
 
     def _note_splits(self, splits: Sequence[AloneSteps]) -> None:
         self._splits.extend(splits)
