@@ -24,6 +24,7 @@ LOOK_EVERY_S = 0.5
 GRACE_S = 5.0
 
 _LAST_FIGURE = "peak_rss_mb"
+_FAILURES = ("ERROR: libFuzzer", "Uncaught Python exception")
 _PACKAGES = ["controller", "loader_workers", "protos", "trainer_client"]
 
 
@@ -86,7 +87,8 @@ def _run(command: list[str], count: int) -> tuple[int, str]:
             if status is None and (is_done or time.monotonic() > deadline):
                 process.kill()
                 process.wait()
-                status = 0 if is_done else process.returncode
+                is_sound = is_done and not any(word in said for word in _FAILURES)
+                status = 0 if is_sound else process.returncode
     return status, said
 
 
