@@ -54,6 +54,18 @@ def write_corpus(folder: Path, *, documents: int = 60) -> Path:
     return folder
 
 
+def marked_processes(mark: str) -> list[psutil.Process]:
+    """Return the processes that live with this `MARK` in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
 @dataclass
 class Traces:
     """What a run could leave behind, as seen while it ran."""
@@ -97,14 +109,7 @@ class HarnessRun:
 
     def processes(self) -> list[psutil.Process]:
         """Return the processes that belong to the run and live."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self._mark:
-                    found.append(process)
-            except (psutil.Error, OSError):
-                continue
-        return found
+        return marked_processes(self._mark)
 
     def traces(self) -> Traces:
         """Look at what the run holds now."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.harness_runs import MARK, ROOT
+from tests.harness_runs import MARK, ROOT, marked_processes
 
 _UP_S = 90.0
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -36,14 +36,7 @@ class RayNode:
 
     def processes(self) -> list[psutil.Process]:
         """Return the node's processes that live, of all namespaces."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self.mark:
-                    found.append(process)
-            except (psutil.Error, OSError):
-                continue
-        return found
+        return marked_processes(self.mark)
 
     def kill(self) -> int:
         """Kill all of it at once, as a machine that loses power; return how many processes."""

@@ -23,7 +23,7 @@ from controller.ledger_schema import Kind
 from deploy.commands import app
 from tests.fakes_consumer import write_corpus, write_run
 from tests.faults.processes import free_address
-from tests.harness_runs import MARK, ROOT
+from tests.harness_runs import MARK, ROOT, marked_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 
@@ -111,14 +111,7 @@ class _Jobs:
 
     def left(self) -> list[psutil.Process]:
         """Return the processes that live on."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self._mark:
-                    found.append(process)
-            except (psutil.Error, OSError):
-                continue
-        return found
+        return marked_processes(self._mark)
 
     def end(self) -> None:
         """Kill whatever is left."""
